@@ -77,9 +77,7 @@ class Refusal(ServingError):
 
     type = "refused"
 
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
         super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
 

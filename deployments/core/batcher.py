@@ -1,0 +1,248 @@
+"""The batcher's asyncio side: it turns submissions into batches and slots into work.
+
+Owns: slots, timers, futures. Every decision is the Scheduler's. Must not know: Ray, torch, what an
+example is. One event loop; nothing here is thread-safe.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deployments.core.errors import InternalError
+from deployments.core.scheduler import Batch, Scheduler
+from deployments.core.submission import Example, Result, Submission
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class BatchReport:
+    """What the executor tells of a finished batch: one result an item, in order.
+
+    model_s: time in the model. runs: model calls (more than 1: the batch was split).
+    out_of_memory_items: size of the smallest batch at which memory ran out, or None.
+    padding_share: share of the model's input that was padding, 0 to 1.
+    """
+
+    results: Sequence[Result]
+    model_s: float = 0.0
+    runs: int = 1
+    out_of_memory_items: int | None = None
+    padding_share: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs batches on the model; at most `slots` at once."""
+
+    async def execute(self, batch: Batch, on_model_done: Callable[[BatchReport], None]) -> BatchReport:
+        """Run `batch`. Call `on_model_done` at the moment the model is free, before handing out
+        results, so that the next batch is on its way meanwhile. Must not raise; if it does, every
+        item of the batch fails with an InternalError."""
+        ...
+
+    def stage_lead_s(self) -> float:
+        """How long before a slot is free its next batch should be staged; 0: never (CPU)."""
+        ...
+
+    async def stage(self, batch: Batch) -> None:
+        """Collate and copy `batch` ahead of its run."""
+        ...
+
+    def unstage(self, batch: Batch) -> None:
+        """Forget what was staged for `batch`: somebody left it."""
+        ...
+
+
+class BatchObserver(Protocol):
+    """Told of each finished batch; metrics listen here."""
+
+    def on_batch(self, batch: Batch, report: BatchReport, queue_waits_s: Sequence[float]) -> None: ...
+
+
+class Batcher:
+    """Queue in, batches out.
+
+    clock: monotonic seconds, the same as the loop's timers use.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+        self.observer: BatchObserver | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake: asyncio.TimerHandle | None = None
+        self._wake_at = float("inf")
+        self._staged: Batch | None = None
+        self._unfinished = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Submissions accepted and not yet answered."""
+        return self._unfinished
+
+    def reserve(self, items: int, *, timeout_s: float) -> None:
+        """Refuse before any work is spent on the items; see Scheduler.reserve."""
+        self.scheduler.reserve(self._clock(), items, timeout_s=timeout_s)
+
+    async def submit(self, examples: Sequence[Example], *, timeout_s: float, priority: int = 0) -> Submission:
+        """Queue the examples of one request and wait until each has its result.
+
+        Raises what Scheduler.submit raises (then nothing was queued). Cancelling takes the waiting
+        items out of the queue at once and drops the results of running ones.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_done(_: Submission) -> None:
+            if not done.done():
+                done.set_result(None)
+
+        submission = self.scheduler.submit(
+            examples, self._clock(), timeout_s=timeout_s, priority=priority, on_done=on_done
+        )
+        self._unfinished += 1
+        self._idle.clear()
+        try:
+            self._pump()
+            await done
+        except asyncio.CancelledError:
+            self.scheduler.cancel(submission, self._clock())
+            raise
+        finally:
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._idle.set()
+        return submission
+
+    def drain(self) -> None:
+        """From now on new work is refused; what was accepted is finished."""
+        self.scheduler.is_draining = True
+        self._pump()
+
+    async def wait_idle(self) -> None:
+        """Until every accepted submission has its answer."""
+        await self._idle.wait()
+
+    # -- the pump: start batches while there are both slots and work ------------------------------
+
+    def _pump(self) -> None:
+        now = self._clock()
+        self.scheduler.expire(now)
+        while len(self.scheduler.running) < self.scheduler.limits.slots:
+            batch = self._next_batch(now)
+            if batch is None:
+                break
+            self._launch(batch, now)
+        self._set_timer(now)
+
+    def _next_batch(self, now: float) -> Batch | None:
+        if self._staged is not None:
+            batch, self._staged = self._staged, None
+            if self.scheduler.drop_ended(batch, now):
+                self._executor.unstage(batch)
+            if batch.items:
+                return batch
+        ready_at = self.scheduler.ready_at(now)
+        if ready_at is None or ready_at > now:
+            return None
+        return self.scheduler.form_batch(now)
+
+    def _launch(self, batch: Batch, now: float) -> None:
+        self.scheduler.start(batch, now)
+        self._keep(self._run(batch))
+
+    def _keep(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _run(self, batch: Batch) -> None:
+        is_free = False
+
+        def on_model_done(report: BatchReport) -> None:
+            nonlocal is_free
+            if is_free:
+                return
+            is_free = True
+            self.scheduler.free_slot(batch, self._clock(), is_representative=report.runs == 1)
+            self._learn_memory(batch, report)
+            self._pump()
+
+        try:
+            report = await self._executor.execute(batch, on_model_done)
+        except Exception:
+            logger.exception("executor_failed items=%d", len(batch.items))
+            error = InternalError("this batch could not be run; the server's log has the reason")
+            report = BatchReport([Result(error=error) for _ in batch.items], runs=0)
+        on_model_done(report)
+        if self.observer is not None:
+            waits_s = [batch.started - item.submission.arrived for item in batch.items]
+            self.observer.on_batch(batch, report, waits_s)
+        self.scheduler.finish(batch, report.results, self._clock())
+
+    def _learn_memory(self, batch: Batch, report: BatchReport) -> None:
+        if report.out_of_memory_items is None:
+            return
+        share = report.out_of_memory_items / len(batch.items)
+        self.scheduler.lower_max_cost(batch.cost * share)
+        logger.warning(
+            "out_of_memory batch_cost=%g max_batch_cost_now=%g", batch.cost, self.scheduler.max_batch_cost
+        )
+
+    # -- one timer for all that time alone decides -------------------------------------------------
+
+    def _set_timer(self, now: float) -> None:
+        due = min(self._next_ready(now), self._next_stage(now), self._next_deadline())
+        if due == self._wake_at:
+            return
+        # A timer that fires too early is harmless; re-arming for each request would not be free.
+        if self._wake is not None:
+            if self._wake_at <= due:
+                return
+            self._wake.cancel()
+            self._wake = None
+        self._wake_at = due
+        if due < float("inf"):
+            self._wake = asyncio.get_running_loop().call_later(max(0.0, due - now), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._wake, self._wake_at = None, float("inf")
+        now = self._clock()
+        if self._next_stage(now) <= now:
+            self._stage(now)
+        self._pump()
+
+    def _next_deadline(self) -> float:
+        deadline = self.scheduler.next_deadline()
+        return float("inf") if deadline is None else deadline
+
+    def _next_ready(self, now: float) -> float:
+        if len(self.scheduler.running) >= self.scheduler.limits.slots:
+            return float("inf")
+        ready_at = self.scheduler.ready_at(now)
+        return float("inf") if ready_at is None else ready_at
+
+    def _next_stage(self, now: float) -> float:
+        lead_s = self._executor.stage_lead_s()
+        running = self.scheduler.running
+        is_busy = len(running) >= self.scheduler.limits.slots
+        if lead_s <= 0.0 or self._staged is not None or not is_busy or not self.scheduler.waiting_items:
+            return float("inf")
+        return max(now, min(batch.expected_end for batch in running) - lead_s)
+
+    def _stage(self, now: float) -> None:
+        batch = self.scheduler.form_batch(now)
+        if batch is not None:
+            self._staged = batch
+            self._keep(self._executor.stage(batch))

@@ -1,0 +1,94 @@
+"""One bad item fails alone: a batch that raises is split until the culprits are known.
+
+Owns: the splitting. Must not know: torch (it is told how to recognise out of memory), threads,
+queues. Everything a model can raise ends here, SystemExit, KeyboardInterrupt and CancelledError
+included: a model has no say over the process that serves it.
+Cost: k culprits among n items take at most 2 k log2(n) + 1 runs, and every run is smaller.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
+from deployments.core.submission import Result
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Sequence[Any]], Sequence[Any]]
+"""Runs a batch of examples: one output each, in order. Raises ModelBroken for a wrong count."""
+
+
+@dataclass(slots=True)
+class Isolated:
+    """results: one an example. runs: how often the model was called. out_of_memory_items: size of
+    the smallest batch of two or more at which memory ran out, None if it never did."""
+
+    results: list[Result] = field(default_factory=list)
+    runs: int = 0
+    out_of_memory_items: int | None = None
+    errors: int = 0
+
+
+def run_isolated(
+    run: Run,
+    examples: Sequence[Any],
+    *,
+    is_out_of_memory: Callable[[BaseException], bool],
+    on_out_of_memory: Callable[[], None] = lambda: None,
+) -> Isolated:
+    """Run `examples` as one batch; where that raises, in halves, until each has a result."""
+    report = Isolated()
+    _run_part(run, examples, report, (is_out_of_memory, on_out_of_memory))
+    return report
+
+
+def _run_part(
+    run: Run,
+    examples: Sequence[Any],
+    report: Isolated,
+    memory: tuple[Callable[[BaseException], bool], Callable[[], None]],
+) -> None:
+    is_out_of_memory, on_out_of_memory = memory
+    report.runs += 1
+    try:
+        outputs = run(examples)
+        report.results.extend(Result(output=output) for output in outputs)
+        return
+    except BaseException as error:  # the outermost edge of the model
+        failure = _Failure(error, is_out_of_memory(error))
+    # Outside of `except`: the traceback, and the tensors it holds, are gone before the next run.
+    if failure.is_out_of_memory:
+        on_out_of_memory()
+        if len(examples) > 1:
+            smallest = report.out_of_memory_items or len(examples)
+            report.out_of_memory_items = min(smallest, len(examples))
+    if len(examples) == 1 or failure.condemns_all:
+        report.errors += len(examples)
+        report.results.extend(Result(error=failure.for_caller()) for _ in examples)
+        return
+    middle = len(examples) // 2
+    _run_part(run, examples[:middle], report, memory)
+    _run_part(run, examples[middle:], report, memory)
+
+
+class _Failure:
+    """What is kept of an exception: its text, not its frames."""
+
+    def __init__(self, error: BaseException, is_out_of_memory: bool) -> None:
+        self.is_out_of_memory = is_out_of_memory
+        self._name = type(error).__name__
+        self._known = error.with_traceback(None) if isinstance(error, ServingError) else None
+        # A wrong count says nothing of any single item, and a retry alone could look right by luck.
+        self.condemns_all = isinstance(error, ModelBroken)
+        level = logging.DEBUG if isinstance(error, InvalidItem) else logging.ERROR
+        if not is_out_of_memory:
+            logger.log(level, "model_raised error=%s", self._name, exc_info=error)
+
+    def for_caller(self) -> ServingError:
+        if self._known is not None:
+            return self._known
+        if self.is_out_of_memory:
+            return InvalidItem("this item alone does not fit the device's memory: send a smaller item")
+        return ModelFailed(f"the model raised {self._name} on this item; the server's log has it")

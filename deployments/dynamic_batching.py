@@ -1,0 +1,119 @@
+"""Ray shell: a model behind dynamic batching, as one Serve deployment that is its own HTTP ingress.
+
+Owns: what Ray Serve calls (constructor, reconfigure, check_health, destructor) and the hop through
+`@serve.batch`. Everything else is Ray-free: deployments/runtime/service.py and below.
+
+`@serve.batch` is the mechanism, our batcher decides when and who (docs/decisions/0003): Ray forms a
+batch as soon as its wait runs out and only then looks for a slot, so batches freeze under-filled.
+Here a group enters it only when a slot is free, whole, and without a wait.
+"""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from deployments.core.contract import Limits, Service
+from deployments.core.submission import Result
+from deployments.ray_metrics import RayMetrics
+from deployments.runtime.adapter import Adapter, load_class
+from deployments.runtime.device import choose_device, set_threads
+from deployments.runtime.executor import Group
+from deployments.runtime.service import ModelService
+
+logger = logging.getLogger(__name__)
+
+AppFactory = Callable[[Service], Any]
+"""Makes the ASGI app of a service; the builder hands it in, so that no shell imports HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which model, made how. safety: shared, pool, exclusive, processes or auto (see `instances`)."""
+
+    model: str
+    model_args: Mapping[str, Any]
+    safety: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One item of a group, as `@serve.batch` sees it."""
+
+    group: Group
+    index: int
+
+
+@serve.ingress()
+class DynamicBatching:
+    """One replica: loads the model, answers HTTP, batches what comes in."""
+
+    # Ray awaits an async constructor; type checkers know none.
+    async def __init__(  # type: ignore[misc]
+        self, spec: ModelSpec, limits: Limits, make_app: AppFactory
+    ) -> None:
+        self._base_limits = limits
+        num_gpus = _granted_gpus()
+        set_threads(None)
+        # `_run_batch` belongs to the class; this replica's bounds are set on it here.
+        self._run_batch.set_max_batch_size(limits.max_batch_size)
+        self._make_app = make_app
+        self._service = ModelService(
+            serve.get_replica_context().app_name,
+            instances(spec, limits.slots),
+            limits,
+            hop=self._hop,
+            sink=RayMetrics(),
+        )
+        await self._service.start(choose_device(num_gpus))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._make_app(self._service)
+
+    async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
+        """Limits changed in place, and the launcher's `draining`; the builder checked the keys."""
+        changes = dict(user_config or {})
+        is_draining = changes.pop("draining", False)
+        self._service.change_limits(dataclasses.replace(self._base_limits, **changes))
+        self._run_batch.set_max_batch_size(self._service.limits.max_batch_size)
+        if is_draining:
+            self._service.drain()
+
+    def check_health(self) -> None:
+        self._service.check_health()
+
+    # -- the hop --------------------------------------------------------------------------------------
+
+    async def _hop(self, group: Group) -> None:
+        """Carry a group through `@serve.batch`: all its items enter before Ray's loop wakes."""
+        await asyncio.gather(*(self._run_batch(Entry(group, i)) for i in range(group.size)))
+
+    # Twice 64 slots: a group that Ray cut in two holds two permits. No wait, no batch_size_fn (one
+    # that raises hangs its callers for ever, ray#66140).
+    @serve.batch(  # type: ignore[untyped-decorator]
+        max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=128
+    )
+    async def _run_batch(self, entries: Sequence[Entry]) -> list[Result]:
+        """One result an entry, in order; never raises. Two groups that Ray merged run side by side."""
+        groups = {id(entry.group): entry.group for entry in entries}
+        results = await asyncio.gather(*(group.run() for group in groups.values()))
+        by_group = dict(zip(groups, results, strict=True))
+        return [by_group[id(entry.group)][entry.index] for entry in entries]
+
+
+def instances(spec: ModelSpec, slots: int) -> list[Adapter]:
+    """One adapter a slot: the same one for `shared`, own ones otherwise."""
+    model_class = load_class(spec.model)
+    if spec.safety == "shared":
+        return [Adapter(model_class, spec.model_args)] * slots
+    return [Adapter(model_class, spec.model_args) for _ in range(slots)]
+
+
+def _granted_gpus() -> float:
+    """GPUs that Ray gave this replica. Ray shows all GPUs to an actor that asked for none."""
+    return float(len(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))

@@ -1,0 +1,317 @@
+"""A replica without Ray: items in, answers out.
+
+Owns: the way of a request through preprocess, batcher, postprocess, and the start (load, warm-up).
+Implements core's `Service`. Must not know: Ray, HTTP, what the model computes.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deployments.core.batcher import Batcher
+from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions
+from deployments.core.errors import InternalError, ServingError
+from deployments.core.figures import Figures, MetricsSink, NullSink
+from deployments.core.scheduler import Scheduler
+from deployments.core.submission import Example, Submission
+from deployments.runtime.adapter import Adapter
+from deployments.runtime.device import usable_cpus
+from deployments.runtime.executor import Hop, ModelExecutor, direct_hop
+
+logger = logging.getLogger(__name__)
+
+INLINE_S = 0.5e-3
+"""Preprocessing up to this long runs on the event loop; a hop to a thread and back costs 0.1 ms."""
+INLINE_BODY_BYTES = 64 * 1024
+"""Items of bigger requests always leave the loop: what was cheap for an example may not be here."""
+GAUGE_EVERY_S = 1.0
+HANG_AFTER_S = 120.0
+"""A batch that runs this long is a hung model: check_health fails and Ray replaces the replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One item after preprocessing: an example, or the error that ends it."""
+
+    example: Example | None = None
+    error: ServingError | None = None
+    warning: tuple[str, str] | None = None
+
+
+class ModelService:
+    """One replica's model behind its batcher; all methods on one event loop.
+
+    instances: one a slot (the same object where threads may share it).
+    """
+
+    def __init__(
+        self,
+        app_name: str,
+        instances: Sequence[Adapter],
+        limits: Limits,
+        *,
+        hop: Hop = direct_hop,
+        sink: MetricsSink | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app_name = app_name
+        self._adapter = instances[0]
+        self._limits = limits
+        self._executor = ModelExecutor(instances, hop=hop)
+        self._clock = clock
+        self._sink = sink or NullSink()
+        self.figures = Figures(self._sink, clock)
+        self._pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="preprocess")
+        self._card: ModelCard | None = None
+        self._batcher: Batcher | None = None
+        self._is_cheap_before = self._is_cheap_after = False
+        self._gauges: asyncio.Task[None] | None = None
+        self._device = "cpu"
+
+    # -- start and stop -----------------------------------------------------------------------------
+
+    async def start(self, device: str) -> None:
+        """Load the model, warm it up; raises what the model raises. Ready when it returns."""
+        self._device = device
+        await self._executor.load(device)
+        adapter = self._adapter
+        if self._limits.max_batch_cost is None:
+            self._limits = replace(self._limits, max_batch_cost=adapter.max_batch_cost)
+        self._card = adapter.card(self._app_name)
+        scheduler = Scheduler(self._limits, mates_by_cost=adapter.pads)
+        self._batcher = Batcher(scheduler, self._executor, clock=self._clock)
+        await self._warm_up(list(self._card.examples))
+        self.figures = self._batcher.observer = Figures(self._sink, self._clock)
+        self._gauges = asyncio.ensure_future(self._push_gauges())
+
+    async def _warm_up(self, items: list[Any]) -> None:
+        """Run the examples alone and in a full batch: first requests are as fast as later ones.
+
+        Also measures whether pre- and postprocessing may run on the event loop.
+        """
+        if not items:
+            logger.info("no_warm_up app=%s reason=%s", self._app_name, "the model has no examples()")
+            return
+        before_s, after_s = [], []
+        for size in (1, 1, self._limits.max_batch_size, self._limits.max_batch_size):
+            batch = [items[i % len(items)] for i in range(size)]
+            started = time.perf_counter()
+            prepared = [self._prepare(item) for item in batch]
+            before_s.append((time.perf_counter() - started) / size)
+            examples = [p.example for p in prepared if p.example is not None]
+            if len(examples) < size:
+                raise next(p.error for p in prepared if p.error is not None)
+            submission = await self._submit_warm_up(examples)
+            started = time.perf_counter()
+            for outcome in self._outcomes(submission, RequestOptions()):
+                if outcome.error is not None:
+                    raise outcome.error
+            after_s.append((time.perf_counter() - started) / size)
+        self._is_cheap_before = min(before_s) <= INLINE_S
+        self._is_cheap_after = min(after_s) <= INLINE_S
+
+    async def _submit_warm_up(self, examples: list[Example]) -> Submission:
+        limit = self.batcher.scheduler.max_batch_cost
+        fitting: list[Example] = []
+        cost = 0.0
+        for example in examples:
+            cost += example.cost
+            if fitting and cost > limit:
+                break
+            fitting.append(example)
+        return await self.batcher.submit(fitting, timeout_s=600.0)
+
+    def drain(self) -> None:
+        """New work gets Draining from now on; work in hand is finished."""
+        self.batcher.drain()
+
+    async def wait_idle(self) -> None:
+        await self.batcher.wait_idle()
+
+    def close(self) -> None:
+        """End the threads; call after draining."""
+        if self._gauges is not None:
+            self._gauges.cancel()
+        self._executor.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def change_limits(self, limits: Limits) -> None:
+        """Put new limits in force for what comes next; slots can't change in place."""
+        bound = limits.max_batch_cost
+        self._limits = replace(
+            limits,
+            slots=self._limits.slots,
+            max_batch_cost=self._adapter.max_batch_cost if bound is None else bound,
+        )
+        self.batcher.scheduler.limits = self._limits
+
+    def check_health(self) -> None:
+        """Raise RuntimeError when a model thread is gone or hangs; reads a heartbeat, runs nothing."""
+        if not self._executor.is_alive:
+            raise RuntimeError("a model thread has ended")
+        busy_s = self._executor.busy_for_s()
+        if self._batcher is not None and busy_s > HANG_AFTER_S:
+            raise RuntimeError(f"a batch has been running for {busy_s:.0f} s")
+
+    async def _push_gauges(self) -> None:
+        while True:
+            await asyncio.sleep(GAUGE_EVERY_S)
+            scheduler = self.batcher.scheduler
+            self.figures.push_gauges(scheduler.waiting_items, scheduler.waiting_cost, self._limits.slots)
+
+    # -- Service --------------------------------------------------------------------------------------
+
+    @property
+    def card(self) -> ModelCard:
+        assert self._card is not None, "start() first"
+        return self._card
+
+    @property
+    def batcher(self) -> Batcher:
+        assert self._batcher is not None, "start() first"
+        return self._batcher
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def is_ready(self) -> bool:
+        return self._batcher is not None and not self._batcher.scheduler.is_draining
+
+    def count_outcome(self, status: int, *, route: str) -> None:
+        self.figures.count_request(status, route)
+
+    async def predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
+        """See core.contract.Service."""
+        arrived = self._clock()
+        timeout_ms = self._limits.timeout_ms if options.timeout_ms is None else options.timeout_ms
+        timeout_s = timeout_ms / 1e3
+        self.batcher.reserve(len(items), timeout_s=timeout_s)
+        try:
+            prepared = await self._prepare_all(items, options)
+        finally:
+            self.batcher.scheduler.release(len(items))
+        examples = [p.example for p in prepared if p.example is not None]
+        if not examples:
+            return Answer([Outcome(error=p.error) for p in prepared])
+        submission = await self.batcher.submit(
+            examples, timeout_s=timeout_s - (self._clock() - arrived), priority=options.priority
+        )
+        outcomes = await self._finish(submission, options)
+        return self._answer(submission, prepared, outcomes, arrived)
+
+    def _answer(
+        self,
+        submission: Submission,
+        prepared: Sequence[Prepared],
+        outcomes: Sequence[Outcome],
+        arrived: float,
+    ) -> Answer:
+        ran = iter(outcomes)
+        merged = []
+        for p in prepared:
+            outcome = Outcome(error=p.error) if p.example is None else next(ran)
+            if p.example is not None:
+                outcome.warning, outcome.cost = p.warning, p.example.cost
+            merged.append(outcome)
+        began = arrived if submission.began is None else submission.began
+        return Answer(
+            merged,
+            queue_ms=1e3 * (began - arrived),
+            batch_size=submission.batch_items,
+            model_ms=1e3 * submission.batch_s,
+        )
+
+    # -- before and after the batch ---------------------------------------------------------------
+
+    async def _prepare_all(self, items: Sequence[Any], options: RequestOptions) -> list[Prepared]:
+        if self._is_cheap_before and options.body_bytes <= INLINE_BODY_BYTES:
+            return [self._prepare(item) for item in items]
+        loop = asyncio.get_running_loop()
+        # One call an item: a list decodes on all cores, and a cancelled request stops the rest.
+        return list(
+            await asyncio.gather(*(loop.run_in_executor(self._pool, self._prepare, i) for i in items))
+        )
+
+    def _prepare(self, item: Any) -> Prepared:
+        adapter = self._adapter
+        try:
+            value = adapter.preprocess(item)
+            example = Example(value, adapter.key(value), adapter.cost(value))
+            return Prepared(example, warning=adapter.warning(value))
+        except ServingError as error:
+            return Prepared(error=error)
+        except Exception:
+            logger.exception("preprocess_failed app=%s", self._app_name)
+            return Prepared(error=InternalError("this item could not be prepared"))
+
+    async def _finish(self, submission: Submission, options: RequestOptions) -> list[Outcome]:
+        if self._is_cheap_after:
+            return self._outcomes(submission, options)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._outcomes, submission, options)
+
+    def _outcomes(self, submission: Submission, options: RequestOptions) -> list[Outcome]:
+        after = self._adapter.to_tensors if options.as_tensors else self._adapter.postprocess
+        outcomes = []
+        for result in submission.results:
+            assert result is not None, "the batcher answers when every item has its result"
+            if result.error is not None:
+                outcomes.append(Outcome(error=result.error))
+                continue
+            try:
+                outcomes.append(Outcome(after(result.output)))
+            except ServingError as error:
+                outcomes.append(Outcome(error=error))
+            except Exception:
+                logger.exception("postprocess_failed app=%s", self._app_name)
+                outcomes.append(Outcome(error=InternalError("this output could not be read")))
+        return outcomes
+
+    # -- figures ------------------------------------------------------------------------------------
+
+    def stats(self) -> Mapping[str, Any]:
+        """This replica's figures; schema in docs/reference/stats.md."""
+        scheduler, figures = self.batcher.scheduler, self.figures
+        now = self._clock()
+        return {
+            "application": self._app_name,
+            "state": "draining" if scheduler.is_draining else "ready",
+            "device": self._device,
+            "uptime_s": round(now - figures.started, 3),
+            "in_flight": self.batcher.in_flight,
+            "queue": {
+                "items": scheduler.waiting_items,
+                "cost": scheduler.waiting_cost,
+                "oldest_age_ms": round(1e3 * scheduler.oldest_age_s(now), 3),
+                "predicted_wait_ms": round(1e3 * scheduler.predicted_wait_s(now), 3),
+                "learned_patience_s": scheduler.patience_s,
+            },
+            "slots": {"total": self._limits.slots, "busy": len(scheduler.running)},
+            "totals": {
+                "items": figures.items,
+                "batches": figures.batches,
+                "cost": figures.cost,
+                "busy_s": round(figures.busy_s, 6),
+                "split_batches": figures.splits,
+                "refused": scheduler.counters.refused,
+                "expired": scheduler.counters.expired,
+                "cancelled": scheduler.counters.cancelled,
+                "requests": {str(status): count for status, count in sorted(figures.statuses.items())},
+            },
+            "recent": figures.recent(),
+            "limits": {
+                "max_batch_size": self._limits.max_batch_size,
+                "max_batch_cost": _finite(scheduler.max_batch_cost),
+                "max_queue_items": self._limits.max_queue_items,
+                "cost_unit": self.card.cost_unit,
+            },
+        }
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value

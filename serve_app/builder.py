@@ -1,0 +1,32 @@
+"""What `import_path` in config.yaml names: typed builders, `dynamic` for dynamic batching.
+
+Owns: an application's args -> a Ray Serve application. Ray validates `args` against the annotation
+of the builder, so annotations must exist at run time here.
+"""
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.dynamic_batching import DynamicBatching, ModelSpec
+from serve_app.config import DynamicArgs
+from serve_app.http.app import make_app
+
+DEPLOYMENT = "model"
+"""Every application's model deployment has this name (CONTRACT)."""
+HEADROOM = 512
+"""Requests that Ray lets in above our own bound, so that it is we who answer 503, at once and with
+an honest Retry-After; beyond it Ray's own queue holds them."""
+
+
+def dynamic(args: DynamicArgs) -> Application:
+    """Dynamic batching of one model; see docs/reference/config.md for `args`."""
+    limits = args.limits()
+    spec = ModelSpec(args.model, args.model_args, args.safety)
+    in_service = limits.slots * limits.max_batch_size
+    deployment = serve.deployment(
+        DynamicBatching,
+        name=DEPLOYMENT,
+        max_ongoing_requests=limits.max_queue_items + in_service + HEADROOM,
+        health_check_period_s=5,
+    )
+    return deployment.bind(spec, limits, make_app)

@@ -1,0 +1,162 @@
+"""One HTTP request and its answer: the frame around every route.
+
+Owns: reading the head, request ids, the way from an exception to an answer, counting outcomes,
+sending. Must not know: what a body means.
+
+Plain ASGI on purpose: Starlette's Request and middleware stack would cost more than the rest of the
+HTTP layer together, on every request (docs/reference/http.md has the figures).
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from deployments.core.contract import Service
+from deployments.core.errors import ClientLeft, InternalError, MethodNotAllowed, ServingError
+from serve_app.http.errors import BODY, Dialect, headers_of, status_of
+
+logger = logging.getLogger(__name__)
+
+JSON_TYPE = b"application/json"
+MAX_REQUEST_ID_BYTES = 128
+"""A longer id (or one with control characters) is replaced: it goes into every log line."""
+
+encode_json = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class Call:
+    """A request's head; the body is still to be read from `receive`.
+
+    headers: lower-case names; of a repeated header the last.
+    """
+
+    scope: Scope
+    receive: Receive
+    headers: Mapping[bytes, bytes]
+    request_id: str
+
+    def path_param(self, name: str) -> str:
+        return str(self.scope["path_params"][name])
+
+
+@dataclass(slots=True)
+class Reply:
+    """What goes back; `headers` holds what there is besides content-type and content-length."""
+
+    body: bytes
+    status: int = 200
+    content_type: bytes = JSON_TYPE
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+
+Handler = Callable[[Call], Awaitable[Reply]]
+
+
+def json_reply(value: Any, status: int = 200) -> Reply:
+    return Reply(encode_json(value), status)
+
+
+def error_reply(error: ServingError, dialect: Dialect, request_id: str) -> Reply:
+    """The answer to a request that failed as a whole."""
+    body = encode_json(BODY[dialect](error, request_id))
+    return Reply(body, status_of(error), headers=headers_of(error))
+
+
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """The caller's X-Request-Id if it is printable ASCII of sane length, else a new one."""
+    given = headers.get(b"x-request-id")
+    if given and len(given) <= MAX_REQUEST_ID_BYTES:
+        text = given.decode("latin-1")
+        if text.isascii() and text.isprintable():
+            return text
+    return uuid.uuid4().hex
+
+
+def log_failure(error: ServingError, *, route: str, request_id: str) -> None:
+    """A fault of ours goes to the log with its cause; the caller gets the request id only."""
+    logger.error(
+        "event=request_failed route=%s type=%s request_id=%s message=%r",
+        route,
+        error.type,
+        request_id,
+        error.message,
+        exc_info=error.__cause__ or error,
+    )
+
+
+class Endpoint:
+    """ASGI application of one route: any method in, exactly one answer out.
+
+    route: the label under which outcomes are counted. Handlers raise ServingError for what they
+    refuse; anything else they raise is our bug and answers 500 without details.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        route: str,
+        handlers: Mapping[str, Handler],
+        *,
+        dialect: Dialect = Dialect.NATIVE,
+        adds_request_id: bool = False,
+    ) -> None:
+        self._count = service.count_outcome
+        self._route = route
+        self._handlers = dict(handlers)
+        self._dialect = dialect
+        self._adds_request_id = adds_request_id
+        if "GET" in self._handlers:  # RFC 9110, 9.1: HEAD wherever there is GET
+            self._handlers["HEAD"] = self._handlers["GET"]
+        self._allow = tuple(sorted(self._handlers))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        call = Call(scope, receive, headers, request_id_of(headers))
+        try:
+            handler = self._handlers.get(scope["method"])
+            if handler is None:
+                raise self._method_not_allowed(scope["method"])
+            reply = await handler(call)
+        except (asyncio.CancelledError, ClientLeft) as left:
+            self._count(499, route=self._route)
+            if isinstance(left, ClientLeft):
+                return
+            raise
+        except ServingError as error:
+            reply = self._failed(error, call.request_id)
+        except Exception as bug:
+            hidden = InternalError("something went wrong on our side; the log knows the request id")
+            hidden.__cause__ = bug
+            reply = self._failed(hidden, call.request_id)
+        self._count(reply.status, route=self._route)
+        await self._send(reply, call, send)
+
+    def _method_not_allowed(self, method: str) -> MethodNotAllowed:
+        allowed = ", ".join(self._allow)
+        return MethodNotAllowed(
+            f"{self._route} does not take {method[:20]}; use {allowed}", allow=self._allow
+        )
+
+    def _failed(self, error: ServingError, request_id: str) -> Reply:
+        if status_of(error) == 500:
+            log_failure(error, route=self._route, request_id=request_id)
+        return error_reply(error, self._dialect, request_id)
+
+    async def _send(self, reply: Reply, call: Call, send: Send) -> None:
+        headers = [
+            (b"content-type", reply.content_type),
+            (b"content-length", b"%d" % len(reply.body)),
+            *reply.headers,
+        ]
+        if self._adds_request_id:
+            headers.append((b"x-request-id", call.request_id.encode()))
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        body = b"" if call.scope["method"] == "HEAD" else reply.body
+        await send({"type": "http.response.body", "body": body})
