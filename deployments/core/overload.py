@@ -43,6 +43,12 @@ class OverloadControl:
         """Call whenever forming a batch has left nobody waiting."""
         self._last_empty = now
 
+    def on_slot_idle(self, now: float) -> None:
+        """Call when a newcomer finds a slot free and nobody waiting: there is no overload."""
+        self._last_empty = now
+        self.patience_s = None
+        self._gave_up.clear()
+
     def is_standing(self, now: float, batch_s: float) -> bool:
         if self._last_empty is None:
             self._last_empty = now

@@ -169,6 +169,8 @@ class Scheduler:
     def _check_entry(self, now: float, items: int, cost: float, timeout_s: float) -> None:
         if self.is_draining:
             raise Draining("this server is stopping; send the request to another", retry_after_s=1)
+        if len(self._running) < self.limits.slots and not self._waiting:
+            self._overload.on_slot_idle(now)
         max_cost = self._max_queue_cost()
         if items > self.limits.max_queue_items or cost > max_cost:
             raise RequestTooLarge(
