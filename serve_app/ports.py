@@ -15,7 +15,8 @@ BLOCK_PORTS = 500
 # 10002-19999 are Ray's workers', 30000-31000 the replicas' of a plain `serve run`, 32768 and up the
 # kernel's.
 FIRST_BLOCK, LAST_BLOCK = 20_000, 29_500
-_HAPROXY_METRICS, _HAPROXY_STATS, _DASHBOARD, _RAY_METRICS, _PROXY = 1, 2, 3, 4, 5
+_HAPROXY_METRICS, _HAPROXY_STATS, _DASHBOARD, _RAY_METRICS, _AGENT = 1, 2, 3, 4, 5
+_FALLBACK_HTTP, _FALLBACK_GRPC, _AUTOSCALER_METRICS, _DASHBOARD_METRICS = 6, 7, 8, 9
 _REPLICAS = 10  # the rest is the replicas': one each, and those resting in quarantine
 
 
@@ -38,15 +39,23 @@ class PortBlock:
     def ray_metrics(self) -> int:
         return self.first + _RAY_METRICS
 
+    @property
+    def agent(self) -> int:
+        return self.first + _AGENT
+
     def export(self, environ: MutableMapping[str, str]) -> None:
         """Name the block's ports to Ray; what the environment names already stays."""
-        for key, port in (
-            ("RAY_SERVE_HAPROXY_METRICS_PORT", self.first + _HAPROXY_METRICS),
-            ("RAY_SERVE_HAPROXY_STATS_PORT", self.first + _HAPROXY_STATS),
-            ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", self.first + _REPLICAS),
-            ("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", self.first + BLOCK_PORTS),
+        for key, offset in (
+            ("RAY_SERVE_HAPROXY_METRICS_PORT", _HAPROXY_METRICS),
+            ("RAY_SERVE_HAPROXY_STATS_PORT", _HAPROXY_STATS),
+            ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", _FALLBACK_HTTP),
+            ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", _FALLBACK_GRPC),
+            ("AUTOSCALER_METRIC_PORT", _AUTOSCALER_METRICS),
+            ("DASHBOARD_METRIC_PORT", _DASHBOARD_METRICS),
+            ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", _REPLICAS),
+            ("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", BLOCK_PORTS),
         ):
-            environ.setdefault(key, str(port))
+            environ.setdefault(key, str(self.first + offset))
 
     def close(self) -> None:
         self.lock.close()

@@ -77,7 +77,7 @@ def end_session(session: int, start_ticks: int, *, term_s: float, kill_s: float 
                 # SIGKILL goes to every member again and again: raylet may just have made a new one
                 if process.pid not in signalled or number == signal.SIGKILL:
                     signalled.add(process.pid)
-                    _signal(process.pid, number)
+                    send(process.pid, number)
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
@@ -86,7 +86,8 @@ def end_session(session: int, start_ticks: int, *, term_s: float, kill_s: float 
     return [process.name for process in session_members(session)]
 
 
-def _signal(pid: int, number: int) -> None:
+def send(pid: int, number: int) -> None:
+    """Send a signal; a process already gone is no error."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

@@ -45,7 +45,7 @@ class RunDir:
 
     @property
     def haproxy(self) -> Path:
-        return self.path / "haproxy"
+        return self.path / "h"  # short: Ray appends a node id of 56 characters
 
     @property
     def ray(self) -> Path:

@@ -6,7 +6,6 @@ know: Ray, the model behind the Service.
 
 from collections.abc import Mapping
 
-from starlette._utils import get_route_path
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,6 +14,9 @@ from deployments.core.errors import NoSuchRoute
 from serve_app.http.errors import Dialect, dialect_of
 from serve_app.http.exchange import Call, Endpoint, Handler, Reply, json_reply
 from serve_app.http.native import Native
+from serve_app.http.oip import OpenInference
+from serve_app.http.openai import OpenAI
+from serve_app.http.openapi import Description
 
 Table = Mapping[str, Mapping[str, Handler]]
 """Path below the prefix, as Starlette spells it, to method to handler."""
@@ -31,6 +33,9 @@ def make_app(service: Service, *, adds_request_id: bool = False) -> ASGIApp:
         "/predict": {"POST": native.predict},  # first: routes are tried in order
         "/healthz": {"GET": _alive},
         "/stats": {"GET": _stats_of(service)},
+        **Description(service).routes(),
+        **OpenInference(service).routes(),
+        **(OpenAI(service).routes() if service.card.embeds else {}),
     }
     routes: list[BaseRoute] = [
         Route(
@@ -82,7 +87,7 @@ class _Unknown:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no such route"})
             return
-        path = get_route_path(scope)
+        path = _below_prefix(scope)
         endpoint = self._root if path in ("", "/") else self._endpoints[dialect_of(path)]
         await endpoint(scope, receive, send)
 
@@ -92,3 +97,11 @@ class _Unknown:
     async def _refuse(self, call: Call) -> Reply:
         routes = ", ".join(self._routes)
         raise NoSuchRoute(f"there is no such route here; there are {routes}")
+
+
+def _below_prefix(scope: Scope) -> str:
+    """The path without the application's prefix, as Starlette's router sees it."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    is_below = path == prefix or path.startswith(f"{prefix}/")
+    return path[len(prefix) :] if prefix and is_below else path

@@ -18,14 +18,15 @@ T = TypeVar("T")
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
+_INDEX = re.compile(r"\[[^]]*\]")
 _NAME_SHOWN = 60
 
 
 class Shape:
     """A decoder for one kind of request body, with the fields that each of its objects may have.
 
-    objects: path of an object ("" the body, "parameters", "inputs[...]") to its Struct; only those
-    listed can name their allowed fields in an error.
+    objects: path of an object ("parameters"), or of a list of them ("inputs"), to its Struct; only
+    those listed can name their allowed fields in an error.
     """
 
     def __init__(self, body: type[msgspec.Struct], **objects: type[msgspec.Struct]) -> None:
@@ -34,8 +35,8 @@ class Shape:
         self._quoted = [f'"{name}"'.encode() for name in self.fields[""]]
 
     def allowed_at(self, path: str) -> tuple[str, ...]:
-        """Field names of the object at `path`; "[...]" of a list element is left out of the key."""
-        return self.fields.get(path.replace("[...]", ""), ())
+        """Field names of the object at `path`; a list's elements share the list's entry."""
+        return self.fields.get(_INDEX.sub("", path), ())
 
     def may_repeat_a_key(self, body: bytes) -> bool:
         """Cheap and never wrong when it says no (a key spelt with escapes aside)."""

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 JSON_MEDIA = "application/json"
 FORM_MEDIA = "multipart/form-data"
-MAX_PART_HEADER_BYTES = 8 * 1024
-"""A part's headers are a name, a file name and a type; browsers send under 500 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,10 @@ class Part:
 
 
 class _FormReader:
-    """Collects the parts of a form from the parser's callbacks; refuses too many at once."""
+    """Collects the parts of a form from the parser's callbacks; refuses too many at once.
+
+    How many headers a part has and how long they are, the parser bounds itself.
+    """
 
     def __init__(self, max_files: int) -> None:
         self.parts: list[Part] = []
@@ -74,28 +75,20 @@ class _FormReader:
         self._max_files = max_files
         self._name = bytearray()
         self._value = bytearray()
-        self._header_bytes = 0
 
     def on_part_begin(self) -> None:
         if len(self.parts) == self._max_parts:
             raise RequestTooLarge(f"the form has over {self._max_files} files (max_items_per_request)")
         self.parts.append(Part())
-        self._header_bytes = 0
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         self.parts[-1].data += data[start:end]
 
-    def _grow(self, buffer: bytearray, data: bytes, start: int, end: int) -> None:
-        self._header_bytes += end - start
-        if self._header_bytes > MAX_PART_HEADER_BYTES:
-            raise MalformedRequest(f"a part's headers are over {MAX_PART_HEADER_BYTES} bytes")
-        buffer += data[start:end]
-
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._grow(self._name, data, start, end)
+        self._name += data[start:end]
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._grow(self._value, data, start, end)
+        self._value += data[start:end]
 
     def on_header_end(self) -> None:
         self.parts[-1].headers[bytes(self._name).lower()] = bytes(self._value)

@@ -134,15 +134,20 @@ def _failed_places(outcomes: Sequence[Outcome]) -> list[tuple[int, ServingError]
     return [(i, o.error) for i, o in enumerate(outcomes) if o.error is not None]
 
 
-def _answer_body(
-    outcomes: Sequence[Outcome], failed: Sequence[tuple[int, ServingError]], request_id: str
-) -> dict[str, Any]:
-    body: dict[str, Any] = {"outputs": [None if o.error else o.value for o in outcomes]}
-    warnings = [
+def warning_list(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """What was done to items but should be known: index, type and message of each."""
+    return [
         {"index": i, "type": o.warning[0], "message": o.warning[1]}
         for i, o in enumerate(outcomes)
         if o.warning is not None
     ]
+
+
+def _answer_body(
+    outcomes: Sequence[Outcome], failed: Sequence[tuple[int, ServingError]], request_id: str
+) -> dict[str, Any]:
+    body: dict[str, Any] = {"outputs": [None if o.error else o.value for o in outcomes]}
+    warnings = warning_list(outcomes)
     if warnings:
         body["warnings"] = warnings
     if failed:

@@ -13,7 +13,7 @@ from serve_app.http.exchange import Call
 LONGEST_TIMEOUT_MS = 86_400_000.0
 """Timers take no more than a day; who asks for longer gets a day."""
 
-_NUMBER = re.compile(rb"\d{1,12}(\.\d{1,6})?")
+_NUMBER = re.compile(rb"\d{1,400}(\.\d{1,400})?([eE][+-]?\d{1,4})?")  # JSON's, without a sign
 
 
 def header_timeout_ms(call: Call) -> float | None:
@@ -21,7 +21,7 @@ def header_timeout_ms(call: Call) -> float | None:
     text = call.headers.get(b"x-request-timeout-ms")
     if text is None:
         return None
-    if _NUMBER.fullmatch(text) is None or float(text) <= 0:
+    if _NUMBER.fullmatch(text) is None or not 0 < float(text) < math.inf:
         raise MalformedRequest(
             "X-Request-Timeout-Ms must be a number of milliseconds over 0",
             param="X-Request-Timeout-Ms",

@@ -1,0 +1,156 @@
+"""A server of our own for one benchmark: `brimful serve` on a generated config file.
+
+Owns: start, stop, /stats, and the CPU and memory of all its processes together. Must not know: what
+is measured.
+"""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from scripts.bench.processes import Tree, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 30.0
+
+
+def application(name: str, model: str, **args: Any) -> dict[str, Any]:
+    """One entry of ours for config.yaml; `args` are the application's own."""
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": "serve_app.builder:dynamic",
+        "args": {"model": model, **args},
+        "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 1}}],
+    }
+
+
+def plain_application(name: str, import_path: str) -> dict[str, Any]:
+    """A Ray Serve application that is none of ours, for comparisons under the same front door."""
+    return {"name": name, "route_prefix": f"/{name}", "import_path": import_path}
+
+
+class Spawned:
+    """A server process of any kind: started with a command, ready when `is_ready` says so."""
+
+    def __init__(self, command: Sequence[str], *, port: int, env: Mapping[str, str] | None = None) -> None:
+        self.port = port
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="bench-", suffix=".log", delete=False)
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.tree = Tree(self._process.pid)
+
+    def __enter__(self) -> "Spawned":
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def is_ready(self) -> bool:
+        raise NotImplementedError
+
+    def _await_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{self.log()[-4000:]}")
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def stop(self) -> None:
+        """SIGINT, and whatever is left after a while is killed."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                pass
+        self.tree.kill()
+        self._process.wait()
+        self._log.close()
+        os.unlink(self._log.name)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """One GET; (0, b"") where nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except OSError:
+            return 0, b""
+        finally:
+            connection.close()
+
+    def post(self, path: str, body: bytes, content_type: str = "application/json") -> tuple[int, bytes]:
+        """One POST, to see that the way is open; (0, b"") where nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("POST", path, body, {"Content-Type": content_type})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
+        finally:
+            connection.close()
+
+
+class Server(Spawned):
+    """`brimful serve` with these applications on a free port; use as a context manager."""
+
+    def __init__(self, *applications: Mapping[str, Any]) -> None:
+        self.config = {
+            "proxy_location": "EveryNode",
+            "http_options": {"host": "127.0.0.1"},
+            "logging_config": {"enable_access_log": False},
+            "applications": list(applications),
+        }
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
+        path = Path(self._folder.name) / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config, sort_keys=False))
+        port = free_port()
+        command = [sys.executable, "-m", "serve_app.cli", "serve", str(path), "--port", str(port)]
+        super().__init__(command, port=port)
+
+    def is_ready(self) -> bool:
+        return "\nready in " in self.log()
+
+    def stop(self) -> None:
+        super().stop()
+        self._folder.cleanup()
+
+    def stats(self, app: str) -> dict[str, Any]:
+        """/stats of the application's replica; schema in docs/reference/stats.md."""
+        status, body = self.get(f"/{app}/stats")
+        if status != 200:
+            raise RuntimeError(f"/{app}/stats answered {status}: {body[:200]!r}")
+        value: dict[str, Any] = json.loads(body)
+        return value

@@ -1,0 +1,185 @@
+"""What may stand under `args` and `user_config` of our applications, and within which bounds.
+
+Owns: names, types, bounds and defaults of the keys (CONTRACT: "Applications in config.yaml"); the
+core gets a frozen `Limits`. Ray calls the builder with `DynamicArgs` parsed by pydantic, so its
+errors must name key and nearest right one by themselves, under a plain `serve run` too. Must not
+know: Ray, files.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from deployments.core.contract import Limits
+
+# Strict: a bool is no number here, and "32" is a string. The upper bounds only catch slips (seconds
+# for milliseconds, a byte too many); nothing is allocated by them.
+Count = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
+Slots = Annotated[int, Field(strict=True, ge=1, le=64)]
+Bytes = Annotated[int, Field(strict=True, ge=1, le=2**40)]
+Cost = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+WaitMs = Annotated[float, Field(strict=True, ge=0, le=60_000, allow_inf_nan=False)]
+TimeoutMs = Annotated[float, Field(strict=True, gt=0, le=86_400_000, allow_inf_nan=False)]
+QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
+
+_MODEL = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", re.ASCII)
+_DEFAULTS = Limits()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ ": did you mean 'x'?" for the closest known word, or the list of all where none is close."""
+    words = sorted(known)
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; known: {', '.join(words)}"
+
+
+class _Checked(BaseModel):
+    """Refuses unknown keys and names the nearest right one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_the_nearest(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title, [_explained(problem, cls.model_fields) for problem in error.errors()]
+            ) from None
+
+
+def _explained(problem: Any, known: Iterable[str]) -> InitErrorDetails:
+    """The same problem; an unknown key gets its nearest right one."""
+    kind, message = problem["type"], problem["msg"]
+    if kind == "extra_forbidden":
+        kind = "unknown_key"
+        message = f"unknown key {problem['loc'][0]!r}{nearest(str(problem['loc'][0]), known)}"
+    # Braces would be read as placeholders of the template.
+    text = PydanticCustomError(kind, message.replace("{", "{{").replace("}", "}}"))
+    return InitErrorDetails(type=text, loc=problem["loc"], input=problem["input"])
+
+
+class DynamicArgs(_Checked):
+    """`args` of an application built by `serve_app.builder:dynamic`."""
+
+    model: str
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    max_batch_size: Count = _DEFAULTS.max_batch_size
+    max_batch_cost: Cost | None = None
+    batch_wait_ms: WaitMs = _DEFAULTS.batch_wait_ms
+    slots: Slots = _DEFAULTS.slots
+    safety: Literal["auto", "shared", "pool", "processes", "exclusive"] = "auto"
+    max_queue_items: Count = _DEFAULTS.max_queue_items
+    max_queue_cost: Cost | None = None
+    max_queue_s: QueueS = "auto"
+    max_items_per_request: Count = _DEFAULTS.max_items_per_request
+    max_body_bytes: Bytes = _DEFAULTS.max_body_bytes
+    timeout_ms: TimeoutMs = _DEFAULTS.timeout_ms
+
+    @field_validator("model")
+    @classmethod
+    def _is_module_and_class(cls, value: str) -> str:
+        if not _MODEL.match(value):
+            raise ValueError(f"{value!r} is not of the form 'module:Class', as in 'my_model:Doubler'")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_queue(self) -> "DynamicArgs":
+        _require_fit(self.limits(), self.model_fields_set)
+        return self
+
+    def limits(self) -> Limits:
+        """The bounds as the core takes them."""
+        return Limits(
+            max_batch_size=self.max_batch_size,
+            max_batch_cost=self.max_batch_cost,
+            batch_wait_ms=self.batch_wait_ms,
+            slots=self.slots,
+            max_queue_items=self.max_queue_items,
+            max_queue_cost=self.max_queue_cost,
+            max_queue_s=None if self.max_queue_s == "auto" else self.max_queue_s,
+            max_items_per_request=self._items_per_request(),
+            max_body_bytes=self.max_body_bytes,
+            timeout_ms=self.timeout_ms,
+        )
+
+    def _items_per_request(self) -> int:
+        """A queue made smaller than the default list takes no longer lists; no need to say both."""
+        if "max_items_per_request" in self.model_fields_set:
+            return self.max_items_per_request
+        return min(self.max_items_per_request, self.max_queue_items)
+
+
+class ModelUserConfig(_Checked):
+    """`user_config` of a model deployment: limits to change in place, without a restart.
+
+    Not `slots`: each is a thread with an instance of the model, made at start.
+    """
+
+    draining: Annotated[bool, Field(strict=True)] = False
+    max_batch_size: Count | None = None
+    max_batch_cost: Cost | None = None
+    batch_wait_ms: WaitMs | None = None
+    max_queue_items: Count | None = None
+    max_queue_cost: Cost | None = None
+    max_queue_s: QueueS | None = None
+    max_items_per_request: Count | None = None
+    max_body_bytes: Bytes | None = None
+    timeout_ms: TimeoutMs | None = None
+
+    def apply(self, limits: Limits) -> Limits:
+        """`limits` with what is set here changed; raises ValueError where they don't fit together."""
+        changes: dict[str, Any] = {
+            key: value for key, value in self.model_dump(exclude={"draining"}).items() if value is not None
+        }
+        if changes.get("max_queue_s") == "auto":
+            changes["max_queue_s"] = None
+        if "max_queue_items" in changes and "max_items_per_request" not in changes:
+            changes["max_items_per_request"] = min(limits.max_items_per_request, changes["max_queue_items"])
+        changed = replace(limits, **changes)
+        _require_fit(changed, set(changes))
+        return changed
+
+
+def _require_fit(limits: Limits, given: set[str]) -> None:
+    if limits.max_items_per_request > limits.max_queue_items:
+        at_fault = "max_items_per_request" if "max_items_per_request" in given else "max_queue_items"
+        raise ValueError(
+            f"{at_fault}: a request of max_items_per_request={limits.max_items_per_request} items "
+            f"could never fit max_queue_items={limits.max_queue_items}; make the first at most "
+            "the second"
+        )
+
+
+def problems_of(error: ValidationError) -> list[tuple[str, str]]:
+    """(key, message) for each thing wrong, without pydantic's own phrases."""
+    found: list[tuple[str, str]] = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(
+            str(part)
+            for part in problem["loc"]
+            if not str(part).startswith(("constrained-", "literal[", "float", "int"))
+        )
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] != "unknown_key" and problem["type"] != "missing" and key:
+            message += f" (got {problem['input']!r:.80})"
+        entry = (key, message)
+        if entry not in found:
+            found.append(entry)
+    return found
