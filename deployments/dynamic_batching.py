@@ -63,10 +63,12 @@ class DynamicBatching:
         # `_run_batch` belongs to the class; this replica's bounds are set on it here.
         self._run_batch.set_max_batch_size(limits.max_batch_size)
         self._make_app = make_app
+        context = serve.get_replica_context()
         self._service = ModelService(
-            serve.get_replica_context().app_name,
+            context.app_name,
             instances(spec, limits.slots),
             limits,
+            replica=context.replica_tag,
             hop=self._hop,
             sink=RayMetrics(),
         )

@@ -7,6 +7,8 @@ useless once it is imported.
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -66,3 +68,35 @@ def load(config_file: Path, environ: MutableMapping[str, str] = os.environ) -> P
 def uses_haproxy(environ: MutableMapping[str, str] = os.environ) -> bool:
     """Whether Ray will put HAProxy in front (its own test of the same variable)."""
     return environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def _export_lines() -> str:
+    """Shell lines that set what is not set yet; for the virtual environment's activate script."""
+    wanted: dict[str, str] = {}
+    path = Path(__file__).parent.parent / NAME
+    if path.is_file():
+        wanted = parse(path.read_text(), str(path))
+    if {**wanted, **os.environ}.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        wanted["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(HAPROXY_WRAPPER)
+        wanted["BRIMFUL_PYTHON"] = sys.executable
+    return "\n".join(
+        f"export {key}={shlex.quote(value)}" for key, value in wanted.items() if key not in os.environ
+    )
+
+
+_MARK = "# brimful: Ray reads serve.env from the environment"
+
+
+def _add_to_activate(script: Path) -> None:
+    """Add the one line that exports serve.env whenever the environment is activated; once."""
+    text = script.read_text()
+    if _MARK not in text:
+        line = 'eval "$("$VIRTUAL_ENV/bin/python" -I -m serve_app.environment)"'
+        script.write_text(f"{text.rstrip()}\n{line}  {_MARK}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--add-to"]:
+        _add_to_activate(Path(sys.argv[2]))
+    else:
+        sys.stdout.write(_export_lines() + "\n")

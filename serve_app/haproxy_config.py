@@ -23,7 +23,6 @@ ANSWERS = {
     503: ("unavailable", "no replica takes requests now: starting, or gone", 1),
     504: ("gateway_timeout", "the replica did not answer in time", None),
 }
-FIXED = (400, 408)
 BODY_WAIT_S = 5
 REQUEST_ID = "%[var(txn.request_id),json]"
 _DRAINING = ("shutting_down", "this server is stopping", 1)
@@ -45,37 +44,19 @@ def _answer(kind: str, message: str, retry_after_s: int | None) -> str:
 
 
 def _error_lines() -> list[str]:
+    """What HAProxy refuses before there is a request (bad syntax, headers that never end: 400 and
+    408 of its HTTP/1 parser) has no setting and stays a line of HTML.
+    """
     return [f"    http-error status {status} {_answer(*answer)}" for status, answer in ANSWERS.items()]
 
 
-def _before_parsing(status: int) -> str:
-    """A raw answer to what is not (yet) a request: HAProxy takes only fixed files there, so no id."""
-    kind, message, _ = ANSWERS[status]
-    text = f'{{"error": {{"type": "{kind}", "message": "{message}", "param": null, "request_id": null}}}}'
-    reason = {400: "Bad Request", 408: "Request Timeout"}[status]
-    return (
-        f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(text)}\r\nconnection: close\r\n\r\n{text}"
-    )
-
-
-def _backend(bufsize: int) -> list[str]:
-    """Rules at the head of each application's backend."""
-    # What a buffer holds besides the body: the head, and tune.maxrewrite (1 kB). 16 kB are enough
-    # for HAProxy's largest head (tune.http.maxhdr) in practice; larger bodies stream through.
-    replayable = max(bufsize - 16_384, 8_192)
-    return [
-        "    # brimful: held whole, a request can be sent again when its replica dies",
-        f"    http-request wait-for-body time {BODY_WAIT_S}s "
-        f"if {{ req.hdr_val(content-length) -m int 1:{replayable} }}",
-    ]
-
-
-def _front_door(folder: str) -> list[str]:
+def _front_door(bufsize: int) -> list[str]:
     """Rules at the head of Ray's HTTP frontend."""
+    # What a buffer holds besides the body: the head, and tune.maxrewrite (1 kB). 16 kB are enough
+    # for any head that HAProxy takes by default; larger bodies stream through.
+    replayable = max(bufsize - 16_384, 8_192)
     is_system = "{ path_beg /-/ }"
     return [
-        *(f"    errorfile {status} {folder}/{status}.http" for status in FIXED),
         "    # brimful: one id for a request, on every path, HAProxy's own answers included",
         "    unique-id-format %[uuid()]",
         "    http-request set-header x-request-id %[unique-id] if !{ req.hdr(x-request-id) -m found }",
@@ -85,23 +66,23 @@ def _front_door(folder: str) -> list[str]:
         "    # brimful: the launcher closes the door here when it drains",
         f"    http-request return status 503 {_answer(*_DRAINING)} "
         f"if {{ var(proc.draining) -m int 1 }} !{is_system}",
+        "    # brimful: held whole, a request can be sent again when its replica dies",
+        f"    http-request wait-for-body time {BODY_WAIT_S}s "
+        f"if {{ req.hdr_val(content-length) -m int 1:{replayable} }}",
         "    # brimful: headers that never end hold a connection no longer than this",
         "    timeout http-request 10s",
     ]
 
 
-def edit(text: str, folder: str) -> tuple[str, list[str]]:
-    """The config with our changes, and what could not be applied.
-
-    `folder` holds the fixed answers, "400.http" and "408.http".
-    """
+def edit(text: str) -> tuple[str, list[str]]:
+    """The config with our changes, and what could not be applied."""
     lines = text.splitlines()
     out: list[str] = []
     done: set[str] = set()
     section = ""
     bufsize = 16_384
-    for line in lines:
-        words = line.split()
+    for given in lines:
+        line, words = given, given.split()
         if words and not line[0].isspace():
             section = " ".join(words[:2])
         if words[:1] == ["tune.bufsize"]:
@@ -124,10 +105,8 @@ def edit(text: str, folder: str) -> tuple[str, list[str]]:
             out += _error_lines()
             done.add("errors")
         elif section == "frontend http_frontend" and words[:1] == ["bind"]:
-            out += _front_door(folder)
+            out += _front_door(bufsize)
             done.add("front door")
-        elif section.startswith("backend http-") and words[:1] == ["backend"]:
-            out += _backend(bufsize)
     wanted = {"admin socket", "frontend prometheus", "listen stats", "404", "errors", "front door"}
     return "\n".join(out) + "\n", sorted(wanted - done)
 
@@ -153,13 +132,9 @@ def find_haproxy() -> str:
 def _apply(haproxy: str, path: str) -> None:
     with open(path) as file:
         original = file.read()
-    folder = os.path.dirname(path)
-    edited, missing = edit(original, folder)
+    edited, missing = edit(original)
     for what in missing:
         _warn(f"Ray's HAProxy config has changed, left out: {what}")
-    for status in FIXED:
-        with open(f"{folder}/{status}.http", "w", newline="") as file:
-            file.write(_before_parsing(status))
     partial = path + ".brimful"
     with open(partial, "w") as file:
         file.write(edited)

@@ -127,7 +127,9 @@ def _try_it(model: str | None, url: str) -> str:
     if model is None:
         return f"curl {url}/"
     if model.endswith(":MiniLM"):
-        return f"""curl {url}/predict -d '{{"inputs": ["to the brim"]}}'"""
+        return (
+            f"""curl {url}/predict -H 'Content-Type: application/json' -d '{{"inputs": ["to the brim"]}}'"""
+        )
     if model.endswith(":EfficientNetLite0"):
         return f"curl {url}/predict -H 'Content-Type: image/jpeg' --data-binary @photo.jpg"
     return f"curl {url}/docs"

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 READY_FILE = "ready"  # in the run folder, once every application answers
 
 

@@ -40,8 +40,9 @@ PICTURE_CARD = ModelCard(
     item_key="image_b64",
     item_schema={
         "type": "object",
-        "properties": {"image_b64": {"type": "string", "contentEncoding": "base64"}},
+        "properties": {"image_b64": {"type": "string", "pattern": "^([A-Za-z0-9+/]{4})*$"}},
         "required": ["image_b64"],
+        "additionalProperties": False,
     },
     output_schema={"type": "array"},
 )
@@ -127,7 +128,8 @@ def _text(item: Any, options: RequestOptions) -> Outcome:
 def _picture(item: Any, options: RequestOptions) -> Outcome:
     if isinstance(item, dict):
         try:
-            item = base64.b64decode(item["image_b64"], validate=True)
+            (text,) = (item.pop("image_b64"), *item)
+            item = base64.b64decode(text, validate=True)
         except (KeyError, TypeError, ValueError):
             return Outcome(error=errors.InvalidItem("the item must have image_b64 in base64"))
     if not isinstance(item, bytes):

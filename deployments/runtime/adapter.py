@@ -114,6 +114,11 @@ class Adapter:
                 ) from error
         return _common_dims(examples)
 
+    @property
+    def model(self) -> Any:
+        """The user's instance; None before load."""
+        return self._model
+
     def examples(self) -> list[Any]:
         """JSON items that the model takes, or []; after load."""
         method = getattr(self._model, "examples", None)

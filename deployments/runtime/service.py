@@ -54,11 +54,13 @@ class ModelService:
         instances: Sequence[Adapter],
         limits: Limits,
         *,
+        replica: str = "",
         hop: Hop = direct_hop,
         sink: MetricsSink | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app_name = app_name
+        self._replica = replica
         self._adapter = instances[0]
         self._limits = limits
         self._executor = ModelExecutor(instances, hop=hop)
@@ -280,6 +282,7 @@ class ModelService:
         now = self._clock()
         return {
             "application": self._app_name,
+            "replica": self._replica,
             "state": "draining" if scheduler.is_draining else "ready",
             "device": self._device,
             "uptime_s": round(now - figures.started, 3),

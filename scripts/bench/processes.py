@@ -69,9 +69,7 @@ class Tree:
 
     def rss_bytes(self, name: str = "") -> int:
         """Resident memory of the members whose name holds `name` (shared pages count each time)."""
-        return sum(
-            int(fields[21]) * PAGE_BYTES for found, fields in self.members().values() if name in found
-        )
+        return sum(int(fields[21]) * PAGE_BYTES for found, fields in self.members().values() if name in found)
 
     def kill(self) -> None:
         """SIGKILL every member until none is left."""

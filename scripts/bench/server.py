@@ -47,16 +47,18 @@ class Spawned:
 
     def __init__(self, command: Sequence[str], *, port: int, env: Mapping[str, str] | None = None) -> None:
         self.port = port
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="bench-", suffix=".log", delete=False)
+        handle, path = tempfile.mkstemp(prefix="bench-", suffix=".log")
+        self._log = Path(path)
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=handle,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        os.close(handle)
         self.tree = Tree(self._process.pid)
 
     def __enter__(self) -> "Spawned":
@@ -83,7 +85,7 @@ class Spawned:
             time.sleep(0.2)
 
     def log(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
+        return self._log.read_text(errors="replace")
 
     def stop(self) -> None:
         """SIGINT, and whatever is left after a while is killed."""
@@ -95,8 +97,7 @@ class Spawned:
                 pass
         self.tree.kill()
         self._process.wait()
-        self._log.close()
-        os.unlink(self._log.name)
+        self._log.unlink()
 
     def get(self, path: str) -> tuple[int, bytes]:
         """One GET; (0, b"") where nobody answers."""

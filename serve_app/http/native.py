@@ -42,19 +42,18 @@ class Native:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._max_body_bytes = service.limits.max_body_bytes
-        self._max_items = service.limits.max_items_per_request
         media = service.card.media_types
         self._media_types = media
         self._accepted = (JSON_MEDIA, *media, FORM_MEDIA) if media else (JSON_MEDIA,)
 
     async def predict(self, call: Call) -> Reply:
-        body = await read_body(call.receive, call.headers, self._max_body_bytes)
+        limits = self._service.limits  # read anew: user_config changes them in place
+        body = await read_body(call.receive, call.headers, limits.max_body_bytes)
         if call.headers.get(b"content-type") == JSON_TYPE:
             request = decode(_REQUEST, _REQUEST_SHAPE, body)
         else:
             request = self._read_other(call, body)
-        self._check_count(request.inputs)
+        _check_count(request.inputs, limits.max_items_per_request)
         answer = await self._service.predict(request.inputs, _options(call, request.parameters, len(body)))
         return predict_reply(answer, call.request_id)
 
@@ -74,11 +73,12 @@ class Native:
             return PredictRequest(list(form.files), parameters)
         raise unsupported(content_type.media, self._accepted)
 
-    def _check_count(self, items: Sequence[Any]) -> None:
-        if not items:
-            raise MalformedRequest("`inputs` is empty; send at least one item", param="inputs")
-        if len(items) > self._max_items:
-            raise too_many_items(len(items), self._max_items, param="inputs")
+
+def _check_count(items: Sequence[Any], limit: int) -> None:
+    if not items:
+        raise MalformedRequest("`inputs` is empty; send at least one item", param="inputs")
+    if len(items) > limit:
+        raise too_many_items(len(items), limit, param="inputs")
 
 
 def too_many_items(count: int, limit: int, *, param: str) -> RequestTooLarge:

@@ -39,7 +39,6 @@ class OpenInference:
         self._name = service.card.name
         self._card = service.card
         self._outputs = {spec.name: spec for spec in service.card.outputs}
-        self._limits = service.limits
 
     def routes(self) -> dict[str, dict[str, Handler]]:
         """Path to method to handler; version 1 is the only one."""
@@ -86,11 +85,11 @@ class OpenInference:
         media = parse_content_type(call.headers.get(b"content-type")).media
         if media not in (JSON_MEDIA, BINARY_MEDIA):
             raise unsupported(media, (JSON_MEDIA, BINARY_MEDIA))
-        body = await read_body(call.receive, call.headers, self._limits.max_body_bytes)
+        body = await read_body(call.receive, call.headers, self._service.limits.max_body_bytes)
         head, tail = divided(body, call.headers.get(HEADER_LENGTH))
         request = read_request(head)
         wanted = wanted_outputs(request, self._outputs)
-        items = read_items(request, tail, self._card, self._limits.max_items_per_request)
+        items = read_items(request, tail, self._card, self._service.limits.max_items_per_request)
         answer = await self._service.predict(items, _options(call, request, len(body)))
         raise_first_error(answer)
         outputs = response_outputs(answer, list(wanted), self._outputs)

@@ -43,7 +43,6 @@ class OpenAI:
         self._name = service.card.name
         self._output = service.card.outputs[0].name
         self._dimensions = service.card.outputs[0].shape[-1]
-        self._limits = service.limits
 
     def routes(self) -> dict[str, dict[str, Handler]]:
         return {
@@ -63,7 +62,7 @@ class OpenAI:
         media = parse_content_type(call.headers.get(b"content-type")).media
         if media != JSON_MEDIA:
             raise unsupported(media, (JSON_MEDIA,))
-        body = await read_body(call.receive, call.headers, self._limits.max_body_bytes)
+        body = await read_body(call.receive, call.headers, self._service.limits.max_body_bytes)
         request = decode(_REQUEST, _REQUEST_SHAPE, body)
         self._check_model(request.model)
         self._check_formats(request)
@@ -102,8 +101,9 @@ class OpenAI:
                 "`input` must hold strings: tokens of another model's tokenizer mean nothing here",
                 param="input",
             )
-        if len(value) > self._limits.max_items_per_request:
-            raise too_many_items(len(value), self._limits.max_items_per_request, param="input")
+        limit = self._service.limits.max_items_per_request
+        if len(value) > limit:
+            raise too_many_items(len(value), limit, param="input")
         return value
 
     def _reply(self, answer: Answer, *, as_base64: bool) -> Reply:

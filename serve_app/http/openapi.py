@@ -29,16 +29,21 @@ ON_READ = ("500",)
 
 
 class Description:
-    """The handlers of /openapi.json and /docs; both documents are built once."""
+    """The handlers of /openapi.json and /docs; the description is made anew when limits change."""
 
     def __init__(self, service: Service) -> None:
-        self._document = describe(service.card, service.limits)
+        self._service = service
+        self._limits = service.limits
+        self._document = describe(service.card, self._limits)
         self._page = Path(__file__).with_name("docs.html").read_bytes()
 
     def routes(self) -> dict[str, dict[str, Handler]]:
         return {"/openapi.json": {"GET": self.openapi}, "/docs": {"GET": self.docs}}
 
     async def openapi(self, call: Call) -> Reply:
+        if self._service.limits != self._limits:
+            self._limits = self._service.limits
+            self._document = describe(self._service.card, self._limits)
         prefix = call.scope.get("root_path", "") or "/"
         return json_reply(self._document | {"servers": [{"url": prefix}]})
 

@@ -1,0 +1,24 @@
+"""The floor that `noop` is measured against: an ASGI application that answers with what it got.
+
+A plain Ray Serve deployment, none of ours: the cheapest thing that can stand behind the same HAProxy.
+"""
+
+from typing import Any
+
+from ray import serve
+
+
+async def _echo(scope: Any, receive: Any, send: Any) -> None:
+    body = (await receive()).get("body", b"")
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+@serve.deployment(max_ongoing_requests=2048)
+@serve.ingress(_echo)
+class Echo:
+    pass
+
+
+app = Echo.bind()  # type: ignore[attr-defined]
