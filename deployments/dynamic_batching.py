@@ -9,7 +9,6 @@ Here a group enters it only when a slot is free, whole, and without a wait.
 """
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 AppFactory = Callable[[Service], Any]
 """Makes the ASGI app of a service; the builder hands it in, so that no shell imports HTTP."""
+ChangeLimits = Callable[[Limits, Mapping[str, Any]], tuple[Limits, bool]]
+"""Checks a `user_config`: (limits with its changes, whether to drain); raises on a wrong key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,14 @@ class DynamicBatching:
 
     # Ray awaits an async constructor; type checkers know none.
     async def __init__(  # type: ignore[misc]
-        self, spec: ModelSpec, limits: Limits, make_app: AppFactory
+        self, spec: ModelSpec, limits: Limits, make_app: AppFactory, change_limits: ChangeLimits
     ) -> None:
         self._base_limits = limits
         num_gpus = _granted_gpus()
         set_threads(None)
         # `_run_batch` belongs to the class; this replica's bounds are set on it here.
         self._run_batch.set_max_batch_size(limits.max_batch_size)
-        self._make_app = make_app
+        self._make_app, self._change_limits = make_app, change_limits
         context = serve.get_replica_context()
         self._service = ModelService(
             context.app_name,
@@ -78,11 +79,10 @@ class DynamicBatching:
         return self._make_app(self._service)
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Limits changed in place, and the launcher's `draining`; the builder checked the keys."""
-        changes = dict(user_config or {})
-        is_draining = changes.pop("draining", False)
-        self._service.change_limits(dataclasses.replace(self._base_limits, **changes))
-        self._run_batch.set_max_batch_size(self._service.limits.max_batch_size)
+        """Limits changed in place, and the launcher's `draining`."""
+        limits, is_draining = self._change_limits(self._base_limits, user_config or {})
+        self._service.change_limits(limits)
+        self._run_batch.set_max_batch_size(limits.max_batch_size)
         if is_draining:
             self._service.drain()
 

@@ -4,11 +4,15 @@ Owns: an application's args -> a Ray Serve application. Ray validates `args` aga
 of the builder, so annotations must exist at run time here.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 
+from deployments.core.contract import Limits
 from deployments.dynamic_batching import DynamicBatching, ModelSpec
-from serve_app.config import DynamicArgs
+from serve_app.config import DynamicArgs, ModelUserConfig
 from serve_app.http.app import make_app
 
 DEPLOYMENT = "model"
@@ -29,4 +33,10 @@ def dynamic(args: DynamicArgs) -> Application:
         max_ongoing_requests=limits.max_queue_items + in_service + HEADROOM,
         health_check_period_s=5,
     )
-    return deployment.bind(spec, limits, make_app)
+    return deployment.bind(spec, limits, make_app, change_limits)
+
+
+def change_limits(limits: Limits, user_config: Mapping[str, Any]) -> tuple[Limits, bool]:
+    """`user_config` of a model deployment: (limits with its changes, whether to drain)."""
+    changes = ModelUserConfig(**user_config)
+    return changes.apply(limits), changes.draining

@@ -169,17 +169,20 @@ def _require_fit(limits: Limits, given: set[str]) -> None:
 
 def problems_of(error: ValidationError) -> list[tuple[str, str]]:
     """(key, message) for each thing wrong, without pydantic's own phrases."""
-    found: list[tuple[str, str]] = []
+    found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        key = ".".join(
-            str(part)
-            for part in problem["loc"]
-            if not str(part).startswith(("constrained-", "literal[", "float", "int"))
-        )
+        unknown = problem["type"] == "unknown_key"
+        # pydantic names the member of a union ("constrained-float") where it failed: not a key
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(p for p in parts if not p.startswith(("constrained-", "literal[", "float")))
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] != "unknown_key" and problem["type"] != "missing" and key:
-            message += f" (got {problem['input']!r:.80})"
-        entry = (key, message)
-        if entry not in found:
-            found.append(entry)
-    return found
+        if key in found and not unknown:
+            message = f"{found[key].removesuffix(_got(problem))}, or: {message}"
+        if not unknown and problem["type"] != "missing" and key:
+            message += _got(problem)
+        found[key] = message
+    return list(found.items())
+
+
+def _got(problem: Any) -> str:
+    return f" (got {problem['input']!r:.80})"

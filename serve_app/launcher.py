@@ -16,7 +16,7 @@ from serve_app import environment, processes
 from serve_app.config_file import CheckedConfig, ConfigError, check_file
 from serve_app.plan import READY_FILE, App, Plan
 from serve_app.ports import PortBlock, PortError, is_free, next_free, take_block
-from serve_app.rundir import RunDir, RunDirError
+from serve_app.rundir import PortServedError, RunDir, RunDirError
 
 # From the first signal: the grace, then 3.5 s to end Ray (1.5 polite, 1 by force, and a margin).
 _END_S = 3.5
@@ -51,7 +51,10 @@ def _serve(options: argparse.Namespace) -> int:
     checked = check_file(options.file)
     host = options.host or checked.host or "127.0.0.1"
     port = _port(options, checked)
-    run_dir = RunDir(port)
+    try:
+        run_dir = RunDir(port)
+    except PortServedError as error:
+        raise LaunchError(f"{error}. {_another_port(host, port)}") from None
     ended = run_dir.end_leftovers()
     if ended:
         print(f"brimful: ended what an earlier server left: {', '.join(ended)}")
@@ -84,11 +87,12 @@ def _port(options: argparse.Namespace, checked: CheckedConfig) -> int:
 def _require_free(host: str, port: int) -> None:
     if is_free(host, port):
         return
+    raise LaunchError(f"port {port} is taken by another program. {_another_port(host, port)}")
+
+
+def _another_port(host: str, port: int) -> str:
     other = next_free(host, port)
-    raise LaunchError(
-        f"port {port} is taken by another program. Use another one: "
-        f"`PORT={other} make serve` or `brimful serve FILE --port {other}`"
-    )
+    return f"Use another: `PORT={other} make serve` or `brimful serve FILE --port {other}`"
 
 
 def _reachable(host: str) -> str:

@@ -24,6 +24,10 @@ class RunDirError(Exception):
     """The folder can't be used; the message says why and what to do."""
 
 
+class PortServedError(RunDirError):
+    """A live launcher serves on this port."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """Who runs here; a later start ends exactly these and nothing else."""
@@ -37,7 +41,7 @@ class RunDir:
     """The folder of the server on one port, locked for as long as this object is open."""
 
     def __init__(self, port: int) -> None:
-        """Raises RunDirError where a live launcher holds the port's folder."""
+        """Raises PortServedError where a live launcher holds the port's folder."""
         base = _base()
         self.path = base / str(port)
         self.path.mkdir(mode=0o700, exist_ok=True)
@@ -116,7 +120,7 @@ def _locked(path: Path, port: int) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
-        raise RunDirError(f"port {port} is served by another brimful (pid {holder})") from None
+        raise PortServedError(f"port {port} is served by another brimful (pid {holder})") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -85,18 +85,18 @@ PAIR = schema_of(PAIR_CARD).include(path=["/v2/models/{name}/infer"])
 
 
 @TEXT.parametrize()
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzzing_a_text_model_finds_only_described_answers(case: Any) -> None:
     fuzz(case)
 
 
 @PICTURE.parametrize()
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzzing_a_picture_model_finds_only_described_answers(case: Any) -> None:
     fuzz(case)
 
 
 @PAIR.parametrize()
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_fuzzing_a_model_of_two_inputs_finds_only_described_answers(case: Any) -> None:
     fuzz(case)

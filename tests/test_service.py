@@ -90,7 +90,7 @@ async def test_out_of_memory_is_split_and_lowers_the_limit() -> None:
 
 async def test_a_cancelled_request_leaves_nothing_behind() -> None:
     async with serving(user_models.Fickle, Limits(max_batch_size=1)) as service:
-        first = asyncio.ensure_future(ask(service, {"sleep_ms": 50}))
+        first = asyncio.ensure_future(ask(service, {"sleep_ms": 400}))
         await asyncio.sleep(0.01)
         waiting = asyncio.ensure_future(ask(service, {"value": 1}))
         await asyncio.sleep(0.01)

@@ -95,7 +95,9 @@ class Batcher:
         """Refuse before any work is spent on the items; see Scheduler.reserve."""
         self.scheduler.reserve(self._clock(), items, timeout_s=timeout_s)
 
-    async def submit(self, examples: Sequence[Example], *, timeout_s: float, priority: int = 0) -> Submission:
+    async def submit(
+        self, examples: Sequence[Example], *, timeout_s: float, priority: int = 0, reserved: int = 0
+    ) -> Submission:
         """Queue the examples of one request and wait until each has its result.
 
         Raises what Scheduler.submit raises (then nothing was queued). Cancelling takes the waiting
@@ -108,7 +110,12 @@ class Batcher:
                 done.set_result(None)
 
         submission = self.scheduler.submit(
-            examples, self._clock(), timeout_s=timeout_s, priority=priority, on_done=on_done
+            examples,
+            self._clock(),
+            timeout_s=timeout_s,
+            priority=priority,
+            on_done=on_done,
+            reserved=reserved,
         )
         self._unfinished += 1
         self._idle.clear()

@@ -113,10 +113,11 @@ class Scheduler:
     def reserve(self, now: float, items: int, *, timeout_s: float) -> None:
         """Refuse early, before any work is spent on the items: raises Overloaded or Draining.
 
-        Otherwise the items count as waiting while they are preprocessed; `release` them before
-        `submit`, and wherever they end on the way.
+        Otherwise the items count as waiting while they are preprocessed: `submit` them with
+        `reserved=items`, or `release` them where they end on the way.
         """
-        self._check_entry(now, items, 0.0, timeout_s)
+        self._check_door(items)
+        self._check_wait(now, items, 0.0, timeout_s)
         self._reserved += items
 
     def release(self, items: int) -> None:
@@ -130,15 +131,22 @@ class Scheduler:
         timeout_s: float,
         priority: int,
         on_done: Callable[[Submission], None],
+        reserved: int = 0,
     ) -> Submission:
         """Queue all examples of one request, or raise and queue none.
 
         Examples too big for any batch get their InvalidItem at once; their mates are queued.
-        Raises Overloaded, Draining, RequestTooLarge (a list that could never be held).
+        Raises Overloaded, Draining, RequestTooLarge (a list that could never be held). With a
+        reservation, which ends here, only a queue full by cost refuses.
         """
+        self._reserved -= reserved
         fitting = [i for i, e in enumerate(examples) if e.cost <= self._door_cost()]
         cost = sum(examples[i].cost for i in fitting)
-        self._check_entry(now, len(fitting), cost, timeout_s)
+        self._check_size(len(fitting), cost)
+        if not reserved:
+            self._check_door(len(fitting))
+        if not reserved or self._waiting_cost + cost > self._max_queue_cost():
+            self._check_wait(now, len(fitting), cost, timeout_s)
         submission = Submission(examples, now, now + timeout_s, priority, on_done)
         self.counters.submitted += len(examples)
         tag = self._virtual_time
@@ -166,26 +174,34 @@ class Scheduler:
                 )
                 submission.resolve(i, Result(error=InvalidItem(message)))
 
-    def _check_entry(self, now: float, items: int, cost: float, timeout_s: float) -> None:
+    def _check_door(self, items: int) -> None:
         if self.is_draining:
             raise Draining("this server is stopping; send the request to another", retry_after_s=1)
-        if len(self._running) < self.limits.slots and not self._waiting:
-            self._overload.on_slot_idle(now)
-        max_cost = self._max_queue_cost()
-        if items > self.limits.max_queue_items or cost > max_cost:
+        self._check_size(items, 0.0)
+
+    def _check_size(self, items: int, cost: float) -> None:
+        if items > self.limits.max_queue_items or cost > self._max_queue_cost():
             raise RequestTooLarge(
-                f"{items} items of cost {cost:g} never fit the queue "
-                f"({self.limits.max_queue_items} items, cost {max_cost:g}): split the list",
+                f"{items} items of cost {cost:g} never fit the queue ({self.limits.max_queue_items} "
+                f"items, cost {self._max_queue_cost():g}): split the list",
                 param="inputs",
             )
-        wait_s = self.predicted_wait_s(now)
-        allowed_s = self._allowed_wait_s(now, wait_s, timeout_s)
-        if self.waiting_items + items > self.limits.max_queue_items or self._waiting_cost + cost > max_cost:
-            allowed_s = min(allowed_s, 0.0)
-        elif wait_s <= allowed_s:
+
+    def _check_wait(self, now: float, items: int, cost: float, timeout_s: float) -> None:
+        if not self._waiting and len(self._running) < self.limits.slots:
+            self._overload.on_slot_idle(now)
+            return
+        batch_s = self._full_batch_s()
+        wait_s = self._wait_s(now, batch_s)
+        allowed_s = self._allowed_wait_s(now, wait_s, batch_s, timeout_s)
+        has_room = (
+            self.waiting_items + self._reserved + items <= self.limits.max_queue_items
+            and self._waiting_cost + cost <= self._max_queue_cost()
+        )
+        if has_room and wait_s <= allowed_s:
             return
         self.counters.refused += items
-        retry_after_s = max(1, math.ceil(wait_s - max(0.0, allowed_s)))
+        retry_after_s = max(1, math.ceil(wait_s - (max(0.0, allowed_s) if has_room else 0.0)))
         raise Overloaded(
             f"no room within the allowed wait: {self.waiting_items} items are waiting, about "
             f"{wait_s:.2f} s; try again in {retry_after_s} s",
@@ -199,8 +215,7 @@ class Scheduler:
             return math.inf
         return QUEUE_BATCHES * self.limits.max_batch_cost
 
-    def _allowed_wait_s(self, now: float, wait_s: float, timeout_s: float) -> float:
-        batch_s = self._full_batch_s()
+    def _allowed_wait_s(self, now: float, wait_s: float, batch_s: float, timeout_s: float) -> float:
         # Asking each time keeps the standing-queue clock running whichever bound applies.
         auto_s = self._overload.allowed_wait_s(now, batch_s)
         is_standing = self._overload.is_standing(now, batch_s)
@@ -212,13 +227,13 @@ class Scheduler:
 
     def predicted_wait_s(self, now: float) -> float:
         """Until a newcomer at the queue's end would begin: slots' rest plus the batches ahead."""
-        if len(self._running) < self.limits.slots and not self._waiting:
-            return 0.0
+        return self._wait_s(now, self._full_batch_s())
+
+    def _wait_s(self, now: float, batch_s: float) -> float:
         free_in_s = 0.0
         if len(self._running) >= self.limits.slots:
             free_in_s = max(0.0, min(batch.expected_end for batch in self._running) - now)
-        batches_ahead = self._batches_ahead()
-        return free_in_s + batches_ahead * self._full_batch_s() / self.limits.slots
+        return free_in_s + self._batches_ahead() * batch_s / self.limits.slots
 
     def _batches_ahead(self) -> int:
         by_items = (len(self._waiting) + self._reserved) // self.limits.max_batch_size

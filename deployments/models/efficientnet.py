@@ -192,13 +192,17 @@ class EfficientNetLite0:
         }
 
     def examples(self) -> list[dict[str, str]]:
-        return [{"image_b64": _EXAMPLE_PNG}]
+        return [{"image_b64": _RAMP}, {"image_b64": _CHECKERS}]
 
 
-# An 8x8 colour ramp, so that warm-up and documentation need no photo.
-_EXAMPLE_PNG = (
+# 8x8 pixels each, so that warm-up and documentation need no photo.
+_RAMP = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAGUlEQVR42mNkYGhQYWDARCwMKgxYweCUAACHmwKW"
     "KHHObgAAAABJRU5ErkJggg=="
+)
+_CHECKERS = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAKklEQVR42r2NMQ4AIBCDwP//GQcTB5NbZWKgqQBQ"
+    "Aer1xUR1ksfHhR8+NtY6I+1HmsaCAAAAAElFTkSuQmCC"
 )
 
 

@@ -287,7 +287,7 @@ def _largest_difference(one: Any, other: Any) -> float:
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return max((_largest_difference(one[k], other[k]) for k in one), default=0.0)
     if _is_number(one) and _is_number(other):
-        return abs(one - other)
+        return abs(float(one) - float(other))
     return 0.0 if one == other else math.inf
 
 

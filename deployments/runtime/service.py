@@ -195,13 +195,18 @@ class ModelService:
         self.batcher.reserve(len(items), timeout_s=timeout_s)
         try:
             prepared = await self._prepare_all(items, options)
-        finally:
+        except BaseException:  # cancelled: the client left
             self.batcher.scheduler.release(len(items))
+            raise
         examples = [p.example for p in prepared if p.example is not None]
         if not examples:
+            self.batcher.scheduler.release(len(items))
             return Answer([Outcome(error=p.error) for p in prepared])
         submission = await self.batcher.submit(
-            examples, timeout_s=timeout_s - (self._clock() - arrived), priority=options.priority
+            examples,
+            timeout_s=timeout_s - (self._clock() - arrived),
+            priority=options.priority,
+            reserved=len(items),
         )
         outcomes = await self._finish(submission, options)
         return self._answer(submission, prepared, outcomes, arrived)

@@ -32,9 +32,9 @@ def main() -> int:
     if options.name == "table":
         return _table()
     if options.name == "peers":
-        from scripts.bench.peers import run as peers
+        from scripts.bench.peers.run import run as run_peers
 
-        return peers.run(options.peer, is_short=options.short, folder=_folder(options))
+        return run_peers(options.peer, is_short=options.short, folder=_folder(options))
     names = NAMES if options.name == "all" else (options.name,)
     failed = []
     for name in names:

@@ -183,7 +183,8 @@ def _serve(make: Callable[[], Passes], pipe: "Connection[Any, Any]") -> None:
             duration_s = pipe.recv()
         except EOFError:
             return
-        passes, began = [], time.perf_counter()
+        passes: list[tuple[int, float]] = []
+        began = time.perf_counter()
         while not passes or time.perf_counter() - began < duration_s:
             started = time.perf_counter()
             passes.append((run(), time.perf_counter() - started))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -42,6 +42,9 @@ def plain_application(name: str, import_path: str) -> dict[str, Any]:
     return {"name": name, "route_prefix": f"/{name}", "import_path": import_path}
 
 
+AnyServer = TypeVar("AnyServer", bound="Spawned")  # typing.Self is not there in Python 3.10
+
+
 class Spawned:
     """A server process of any kind: started with a command, ready when `is_ready` says so."""
 
@@ -61,7 +64,7 @@ class Spawned:
         os.close(handle)
         self.tree = Tree(self._process.pid)
 
-    def __enter__(self) -> "Spawned":
+    def __enter__(self: AnyServer) -> AnyServer:
         try:
             self._await_ready()
         except BaseException:

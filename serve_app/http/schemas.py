@@ -4,6 +4,8 @@ Owns: the shapes that openapi.py puts together. Must not know: paths, statuses. 
 (an OIP tensor's `data` must have as many elements as its `shape` says) is in the descriptions.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from deployments.core.contract import PRIORITY_RANGE, Limits, ModelCard, TensorSpec
@@ -111,14 +113,13 @@ def infer_request(card: ModelCard, limits: Limits) -> Schema:
     count = len(card.inputs)
     names = {"enum": [spec.name for spec in card.outputs]}
     output = closed({"name": names, "parameters": OPEN}, "name")
+    tensor = {"anyOf": [_input(spec, limits) for spec in card.inputs]}
+    inputs = array(tensor, minItems=count, maxItems=count)
+    inputs["examples"] = [[_tensor_example(spec, card) for spec in card.inputs]]
     return closed(
         {
             "id": STRING,
-            "inputs": array(
-                {"anyOf": [_input(spec, limits) for spec in card.inputs]},
-                minItems=count,
-                maxItems=count,
-            ),
+            "inputs": inputs,
             "outputs": array(output, uniqueItems=True),
             "parameters": closed(
                 {
@@ -155,6 +156,21 @@ def _input(spec: TensorSpec, limits: Limits) -> Schema:
         "datatype",
         "shape",
     )
+
+
+def _tensor_example(spec: TensorSpec, card: ModelCard) -> Schema:
+    """One item: the model's own example where it is a text or media, else zeros."""
+    shape = [max(dim, 1) for dim in spec.shape]
+    example = card.examples[0] if card.examples else None
+    if isinstance(example, Mapping):
+        example = example.get(card.item_key)
+    value: object = 0
+    if spec.datatype == "BYTES":
+        value = example if isinstance(example, str) else ""
+    elif spec.datatype == "BOOL":
+        value = False
+    data = [value] * math.prod(shape)
+    return {"name": spec.name, "datatype": spec.datatype, "shape": shape, "data": data}
 
 
 def infer_answer() -> Schema:

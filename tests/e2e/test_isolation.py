@@ -87,7 +87,7 @@ def test_a_client_that_leaves_takes_its_item_along(server: Server) -> None:
 
 def test_a_full_queue_answers_503_at_once_and_says_when_to_come_back(server: Server) -> None:
     def one(i: int) -> tuple[int, float, str | None]:
-        answer = ask(server, {"value": i, "sleep_ms": 20})
+        answer = ask(server, {"value": i, "sleep_ms": 50})
         return answer.status_code, answer.elapsed.total_seconds(), answer.headers.get("Retry-After")
 
     with ThreadPoolExecutor(160) as pool:

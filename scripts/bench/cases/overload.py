@@ -4,6 +4,7 @@ With a sleeping model (100 ms for a batch of 8: 80 a second), and with MiniLM, w
 from the very model that is overloaded; its capacity is measured just before.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from scripts.bench import inputs
@@ -63,7 +64,9 @@ def sleeping(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]
     return figures
 
 
-def embedding(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]:
+def embedding(
+    port: int, endpoint: Endpoint, *, is_short: bool, said: Sequence[bool] = (True, False)
+) -> dict[str, Any]:
     """MiniLM at twice the rate it reaches with 64 connections, measured before and after."""
     duration_s, warm_up_s = (8.0, 4.0) if is_short else (30.0, 5.0)
     texts = inputs.texts()
@@ -75,7 +78,7 @@ def embedding(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any
 
     capacity()
     figures: dict[str, Any] = {}
-    for says_so in (True, False):
+    for says_so in said:
         before = capacity()
         offer = Offer(texts, 2.0 * before, duration_s, warm_up_s)
         found = impatient(port, endpoint, offer, says_so=says_so, capacity=before)
