@@ -256,13 +256,18 @@ class _Check:
         if not isinstance(args, Mapping):
             self.note(where, f"expected keys and values, got {args!r:.80}")
             return None
+        model = args.get("model")
+        wrong: list[tuple[str, str]] = []
         try:
-            model = DynamicArgs.model_validate(dict(args)).model
+            DynamicArgs.model_validate(dict(args))
         except ValidationError as error:
-            for key, message in problems_of(error):
-                unknown = message.startswith("unknown key")
-                value = f" (value {args.get(key)!r:.60})" if unknown else ""
-                self.note(where, f"{message}{value}" if unknown or not key else f"{key}: {message}")
+            wrong = problems_of(error)
+        for key, message in wrong:
+            if message.startswith("unknown key"):
+                self.note(where, f"{message} (value {args.get(key)!r:.60})")
+            else:
+                self.note(where, f"{key}: {message}" if key else message)
+        if not isinstance(model, str) or "model" in dict(wrong):
             return None
         self.find_model(model, f"{where}, model")
         return model

@@ -52,8 +52,12 @@ class Signals:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """A line for the terminal; nobody there to read it must not keep us from stopping cleanly."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError:
+        pass
 
 
 def main() -> int:
@@ -94,11 +98,13 @@ def _start(plan: Plan, signals: Signals, began: float) -> tuple[Any, Any]:
     from serve_app import loopback
 
     config = _parsed(ServeDeploySchema, plan.deploy)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     is_local = plan.host in ("127.0.0.1", "localhost")
     if is_local:
         loopback.keep_ray_on_loopback()
     loopback.set_agent_port(plan.agent_port)
+    _make_token()
     ray.init(
         address="local",
         namespace="serve",
@@ -125,6 +131,17 @@ def _start(plan: Plan, signals: Signals, began: float) -> tuple[Any, Any]:
     client.deploy_apps(config, _blocking=False)
     say(f"  Serve started          {time.monotonic() - began:5.1f} s")
     return client, config
+
+
+def _make_token() -> None:
+    """Ray's token, made as Ray makes it at the first start, but readable by its owner only."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    before = os.umask(0o077)
+    try:
+        setup.ensure_token_if_auth_enabled(create_token_if_missing=True)
+    finally:
+        os.umask(before)
 
 
 def _parsed(schema: Any, deploy: dict[str, Any]) -> Any:
@@ -277,6 +294,5 @@ def _end_others() -> None:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
     # Not sys.exit: Ray's atexit handlers would wait for processes that have just been ended.
     os._exit(status)

@@ -7,7 +7,7 @@ from ray import serve
 from starlette.requests import Request
 
 
-@serve.deployment(max_ongoing_requests=4096)
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.5})
 class PlainBatch:
     """40 + 2n ms a batch, batches of up to 32, every other setting of @serve.batch its default."""
 

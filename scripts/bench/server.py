@@ -27,13 +27,16 @@ STOP_TIMEOUT_S = 30.0
 
 
 def application(name: str, model: str, **args: Any) -> dict[str, Any]:
-    """One entry of ours for config.yaml; `args` are the application's own."""
+    """One entry of ours for config.yaml; `args` are the application's own.
+
+    Half a CPU to Ray's scheduler, so that a few fit on two cores; torch's threads don't follow it.
+    """
     return {
         "name": name,
         "route_prefix": f"/{name}",
         "import_path": "serve_app.builder:dynamic",
         "args": {"model": model, **args},
-        "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 1}}],
+        "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}}],
     }
 
 
