@@ -21,7 +21,7 @@ from deployments.core.contract import Limits, Service
 from deployments.core.submission import Result
 from deployments.ray_metrics import RayMetrics
 from deployments.runtime.adapter import Adapter, load_class
-from deployments.runtime.device import choose_device, set_threads
+from deployments.runtime.device import choose_device
 from deployments.runtime.executor import Group
 from deployments.runtime.service import ModelService
 
@@ -59,8 +59,6 @@ class DynamicBatching:
         self, spec: ModelSpec, limits: Limits, make_app: AppFactory, change_limits: ChangeLimits
     ) -> None:
         self._base_limits = limits
-        num_gpus = _granted_gpus()
-        set_threads(None)
         # `_run_batch` belongs to the class; this replica's bounds are set on it here.
         self._run_batch.set_max_batch_size(limits.max_batch_size)
         self._make_app, self._change_limits = make_app, change_limits
@@ -73,7 +71,7 @@ class DynamicBatching:
             hop=self._hop,
             sink=RayMetrics(),
         )
-        await self._service.start(choose_device(num_gpus))
+        await self._service.start(choose_device(_granted_gpus()), _granted_threads())
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._make_app(self._service)
@@ -119,3 +117,9 @@ def instances(spec: ModelSpec, slots: int) -> list[Adapter]:
 def _granted_gpus() -> float:
     """GPUs that Ray gave this replica. Ray shows all GPUs to an actor that asked for none."""
     return float(len(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
+
+
+def _granted_threads() -> int | None:
+    """Torch's threads: `num_cpus` where that is whole CPUs; a fraction shares them all (None)."""
+    num_cpus = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
+    return int(num_cpus) if num_cpus >= 1.0 else None

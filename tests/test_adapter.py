@@ -223,15 +223,15 @@ def test_padding_share_counts_what_collate_added() -> None:
             return torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
 
     adapter = loaded(Padded)
-    adapter.forward_batch([torch.ones(1), torch.ones(3)])
-    assert adapter.last_padding_share == pytest.approx(1 / 3)
+    examples = [torch.ones(1), torch.ones(3)]
+    assert adapter.padding_share(examples, adapter.collate(examples)) == pytest.approx(1 / 3)
 
 
 def test_a_staged_batch_gives_the_same_as_one_that_is_not() -> None:
     adapter = loaded(Plain)
     examples = [torch.ones(2), torch.zeros(2)]
-    staged = adapter.stage(examples)
-    assert np.array_equal(adapter.forward_batch(examples, staged), [[2, 2], [0, 0]])
+    staged = adapter.stage(adapter.collate(examples))
+    assert np.array_equal(adapter.split(adapter.forward(staged), 2), [[2, 2], [0, 0]])
 
 
 def test_v2_gets_what_postprocess_made() -> None:

@@ -146,8 +146,8 @@ def test_what_is_no_text_is_refused(minilm: Adapter, item: Any, message: str) ->
 
 
 def test_nothing_is_padded(minilm: Adapter) -> None:
-    embed(minilm, TEXTS)
-    assert minilm.last_padding_share == 0
+    examples = [minilm.preprocess(text) for text in TEXTS]
+    assert minilm.padding_share(examples, minilm.collate(examples)) == 0
 
 
 def test_threads_may_share_an_instance(minilm: Adapter) -> None:
@@ -223,8 +223,8 @@ def test_on_a_gpu_bf16_stays_close(minilm: Adapter, varlen: bool, monkeypatch: p
     cosine = (embed(ours, TEXTS) * embed(minilm, TEXTS)).sum(-1)
     assert cosine.min() > 0.999
     examples = [minilm.preprocess(text) for text in TEXTS]
-    staged = ours.forward_batch(examples, ours.stage(examples))
-    assert np.allclose(np.stack(staged), embed(ours, TEXTS).numpy(), atol=1e-2)
+    staged = ours.forward(ours.stage(ours.collate(examples)))
+    assert np.allclose(staged.numpy(), embed(ours, TEXTS).numpy(), atol=1e-2)
 
 
 # EfficientNet-Lite0

@@ -19,7 +19,6 @@ Two examples() of different length say that a dimension may vary; one says that 
 """
 
 import logging
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +53,6 @@ class Adapter:
         check_class(model_class, model_args)
         self.name = model_class.__name__
         self.max_batch_cost: float | None = None
-        self.last_padding_share = 0.0  # of the last batch; a metric, so a race is harmless
         self._class, self._args = model_class, dict(model_args)
         self._model: Any = None
         self._device = "cpu"
@@ -217,21 +215,12 @@ class Adapter:
         """n examples -> what forward takes, still on the CPU."""
         return tensors.stack(examples) if self._collate is None else self._collate(list(examples))
 
-    def stage(self, examples: Sequence[Any]) -> Staged:
-        """Collate and copy ahead of the forward, off the model thread; back when it has arrived."""
-        started = time.perf_counter()
+    def stage(self, collated: Any) -> Staged:
+        """Copy a collated batch to the device ahead of `forward`; any thread; back when it is there."""
         with on_device(self._device):
-            collated = self.collate(examples)
             staged = self._stager.copy(collated)
         staged.wait()
-        staged.padding_share = self.padding_share(examples, collated)
-        staged.copy_s = time.perf_counter() - started
         return staged
-
-    def release_memory(self) -> None:
-        """Give cached blocks back after out of memory, so that smaller batches find room."""
-        if self._device != "cpu":
-            torch.cuda.empty_cache()
 
     def forward(self, collated: Any) -> Any:
         """Run the model; takes a collated batch or a staged one. Raises what the model raises."""
@@ -256,18 +245,12 @@ class Adapter:
             return parts
         return [p if tensors.is_finite(p) else tensors.NON_FINITE for p in parts]
 
-    def forward_batch(self, examples: Sequence[Any], staged: Staged | None = None) -> list[Any]:
+    def forward_batch(self, examples: Sequence[Any]) -> list[Any]:
         """Collate, run, split: one raw output for each example, in order, on the CPU.
 
-        staged: these examples, collated and copied ahead. Sets `last_padding_share`. Raises
-        ModelBroken on a wrong count, and what the model raises, out of memory included.
+        Raises ModelBroken on a wrong count, and what the model raises, out of memory included.
         """
-        if staged is None:
-            collated = self.collate(examples)
-            self.last_padding_share = self.padding_share(examples, collated)
-            return self.split(self.forward(collated), len(examples))
-        self.last_padding_share = staged.padding_share
-        return self.split(self.forward(staged), len(examples))
+        return self.split(self.forward(self.collate(examples)), len(examples))
 
     def padding_share(self, examples: Sequence[Any], collated: Any) -> float:
         """Share of the collated elements that no example brought: 0 where nothing is padded."""

@@ -74,8 +74,6 @@ class Staged:
 
     def __init__(self, value: Any, done: "torch.cuda.Event | None", pinned: tuple[torch.Tensor, ...]) -> None:
         self._value, self._done, self._pinned = value, done, pinned
-        self.copy_s = 0.0
-        self.padding_share = 0.0
 
     def wait(self) -> None:
         """Block this thread until the batch has arrived."""

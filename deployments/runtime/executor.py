@@ -14,7 +14,7 @@ from deployments.core.isolate import Isolated, run_isolated
 from deployments.core.scheduler import Batch
 from deployments.core.submission import Result
 from deployments.runtime.adapter import Adapter, is_out_of_memory
-from deployments.runtime.device import Staged, release_memory
+from deployments.runtime.device import Staged, release_memory, set_threads
 from deployments.runtime.model_thread import ModelThread
 
 
@@ -58,10 +58,15 @@ class ModelExecutor:
         self._staged: dict[int, asyncio.Future[tuple[Staged, float]]] = {}
         self._copy_s = 0.0
 
-    async def load(self, device: str) -> None:
-        """Load every distinct instance on its own model thread; raises what `load` raises."""
+    async def load(self, device: str, threads: int) -> None:
+        """Load every distinct instance on its own model thread; raises what `load` raises.
+
+        threads: of torch, inside an operator, for all slots together.
+        """
         loaded: set[int] = set()
         for adapter, thread in self._slots:
+            # OpenMP keeps the count by thread: setting it anywhere else would not hold here.
+            await thread.call(lambda: set_threads(max(1, threads // len(self._slots))))
             if id(adapter) not in loaded:
                 loaded.add(id(adapter))
                 await thread.call(lambda adapter=adapter: adapter.load(device))  # type: ignore[misc]

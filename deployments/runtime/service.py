@@ -76,10 +76,13 @@ class ModelService:
 
     # -- start and stop -----------------------------------------------------------------------------
 
-    async def start(self, device: str) -> None:
-        """Load the model, warm it up; raises what the model raises. Ready when it returns."""
+    async def start(self, device: str, threads: int | None = None) -> None:
+        """Load the model, warm it up; raises what the model raises. Ready when it returns.
+
+        threads: torch's, for all slots together; None: one a usable CPU.
+        """
         self._device = device
-        await self._executor.load(device)
+        await self._executor.load(device, threads or usable_cpus())
         adapter = self._adapter
         if self._limits.max_batch_cost is None:
             self._limits = replace(self._limits, max_batch_cost=adapter.max_batch_cost)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+LOAD_AT_START = os.getloadavg()[0]
+"""Runnable processes in the last minute, before we began: well above 0, and others took the cores."""
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "msgspec", "starlette", "uvloop", "pillow")
 
 
@@ -52,6 +54,7 @@ class Report:
     config: dict[str, Any]
     is_short: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    load_before: float = field(default_factory=lambda: round(LOAD_AT_START, 2))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -63,6 +66,7 @@ class Report:
             "git_sha": git_sha(),
             "config": self.config,
             "hardware": hardware(),
+            "load_average_at_start": self.load_before,
             "versions": self.versions or versions(),
         }
 

@@ -13,7 +13,7 @@ MODEL = "deployments.models.efficientnet:EfficientNetLite0"
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, duration_s = (1, 3.0) if is_short else (5, 10.0)
+    rounds, duration_s = (1, 3.0) if is_short else (4, 10.0)
     config = application("classify", MODEL, max_batch_size=16)
     images = inputs.jpegs()
     found: list[dict[str, float]] = []

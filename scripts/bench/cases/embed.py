@@ -19,7 +19,7 @@ MODEL = "deployments.models.minilm:MiniLM"
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, duration_s = (1, 3.0) if is_short else (5, 12.0)
+    rounds, duration_s = (1, 3.0) if is_short else (4, 12.0)
     config = application("embed", MODEL, max_batch_size=32)
     bodies = [ours("embed").body(text) for text in inputs.texts()]
     found: list[dict[str, float]] = []

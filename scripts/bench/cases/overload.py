@@ -4,6 +4,7 @@ With a sleeping model (100 ms for a batch of 8: 80 a second), and with MiniLM, w
 from the very model that is overloaded; its capacity is measured just before.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from scripts.bench.saturate import saturate
 from scripts.bench.server import Server, application
 
 BATCH, BATCH_MS = 8, 100.0
+FORGET_S = 4.0
+"""Between two loads, so that a server that learns from the one begins the next without it."""
 CAPACITY = BATCH / (BATCH_MS / 1e3)
 
 
@@ -57,6 +60,7 @@ def sleeping(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]
     figures = {}
     for name, share in (("three_quarters", 0.75), ("twice", 2.0)):
         for says_so in (True, False):
+            time.sleep(FORGET_S)
             offer = Offer([1.0], share * CAPACITY, duration_s, warm_up_s)
             found = impatient(port, endpoint, offer, says_so=says_so, capacity=CAPACITY)
             figures[f"{name}_{'said' if says_so else 'unsaid'}"] = found
@@ -80,6 +84,7 @@ def embedding(
     figures: dict[str, Any] = {}
     for says_so in said:
         before = capacity()
+        time.sleep(FORGET_S)
         offer = Offer(texts, 2.0 * before, duration_s, warm_up_s)
         found = impatient(port, endpoint, offer, says_so=says_so, capacity=before)
         found["capacity_per_s"] = round(before, 1)
