@@ -21,6 +21,8 @@ WINDOW_S = 2.0
 """Give-ups and answers are weighed over this window."""
 GIVE_UP_SHARE = 0.1
 """Below this share of all ends, give-ups are people closing tabs, not a sign of overload."""
+GIVE_UP_SPAN_S = 0.5
+"""Give-ups must be spread over this long: many at one instant are one program that was stopped."""
 PATIENCE_QUANTILE = 0.1
 """The patience that is planned for: nine of ten clients who left had waited longer."""
 HEADROOM = 0.8
@@ -68,9 +70,11 @@ class OverloadControl:
         if not self.is_standing(now, batch_s):
             return
         since = now - WINDOW_S
-        ages = sorted(age for when, age in self._gave_up if when >= since)
+        recent = [(when, age) for when, age in self._gave_up if when >= since]
         answered = sum(items for when, items in self._answered if when >= since)
-        if len(ages) >= 3 and len(ages) > GIVE_UP_SHARE * (answered + len(ages)):
+        is_spread = recent[-1][0] - recent[0][0] >= GIVE_UP_SPAN_S
+        if is_spread and len(recent) > GIVE_UP_SHARE * (answered + len(recent)):
+            ages = sorted(age for _, age in recent)
             self.patience_s = ages[int(PATIENCE_QUANTILE * len(ages))]
 
     def allowed_wait_s(self, now: float, batch_s: float) -> float:

@@ -85,9 +85,14 @@ class ModelExecutor:
 
     # -- Executor ---------------------------------------------------------------------------------
 
-    async def execute(self, batch: Batch, on_model_done: Callable[[BatchReport], None]) -> BatchReport:
+    async def execute(
+        self,
+        batch: Batch,
+        on_model_begins: Callable[[], None],
+        on_model_done: Callable[[BatchReport], None],
+    ) -> BatchReport:
         async def start() -> BatchReport:
-            report = await self._run(batch)
+            report = await self._run(batch, on_model_begins)
             on_model_done(report)
             return report
 
@@ -95,12 +100,14 @@ class ModelExecutor:
         await self._hop(group)
         return await group.report()
 
-    async def _run(self, batch: Batch) -> BatchReport:
+    async def _run(self, batch: Batch, on_model_begins: Callable[[], None]) -> BatchReport:
         adapter, thread = self._free.pop()
         try:
             staged = await self._take_staged(batch)
             examples = [item.example.value for item in batch.items]
-            return await thread.call(lambda: _Run(adapter, staged)(examples))
+            running = thread.call(lambda: _Run(adapter, staged)(examples))
+            on_model_begins()
+            return await running
         finally:
             self._free.append((adapter, thread))
 

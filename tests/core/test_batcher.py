@@ -12,6 +12,9 @@ from deployments.core.scheduler import Batch, Scheduler
 from deployments.core.submission import Example, Result, Submission
 from tests.core.virtual_time import run
 
+Begins = Callable[[], None]
+Done = Callable[[BatchReport], None]
+
 
 class EchoExecutor:
     """Answers each item with its own value after `batch_s(cost)` seconds."""
@@ -24,12 +27,13 @@ class EchoExecutor:
         self._batch_s = batch_s
         self._lead_s = lead_s
 
-    async def execute(self, batch: Batch, on_model_done: Callable[[BatchReport], None]) -> BatchReport:
+    async def execute(self, batch: Batch, on_begins: Begins, on_done: Done) -> BatchReport:
+        on_begins()
         self.batches.append([item.example.value for item in batch.items])
         self.started_at.append(asyncio.get_running_loop().time())
         await asyncio.sleep(self._batch_s(batch.cost))
         report = BatchReport([Result(output=item.example.value) for item in batch.items])
-        on_model_done(report)
+        on_done(report)
         return report
 
     def stage_lead_s(self) -> float:
@@ -248,10 +252,10 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest() -> Non
 @virtual
 async def test_an_executor_that_raises_fails_its_batch_and_nothing_else() -> None:
     class Broken(EchoExecutor):
-        async def execute(self, batch: Batch, on_model_done: Callable[[BatchReport], None]) -> BatchReport:
+        async def execute(self, batch: Batch, on_begins: Begins, on_done: Done) -> BatchReport:
             if batch.items[0].example.value == "bad":
                 raise RuntimeError("no")
-            return await super().execute(batch, on_model_done)
+            return await super().execute(batch, on_begins, on_done)
 
     batcher, _ = make(Limits(max_batch_size=1), Broken())
     bad, good = await asyncio.gather(ask(batcher, "bad"), ask(batcher, "good"))
@@ -262,11 +266,11 @@ async def test_an_executor_that_raises_fails_its_batch_and_nothing_else() -> Non
 @virtual
 async def test_memory_that_ran_out_lowers_the_limit_for_later_batches() -> None:
     class Small(EchoExecutor):
-        async def execute(self, batch: Batch, on_model_done: Callable[[BatchReport], None]) -> BatchReport:
-            report = await super().execute(batch, lambda report: None)
+        async def execute(self, batch: Batch, on_begins: Begins, on_done: Done) -> BatchReport:
+            report = await super().execute(batch, on_begins, lambda report: None)
             if len(batch.items) > 4:
                 report.out_of_memory_items = len(batch.items)
-            on_model_done(report)
+            on_done(report)
             return report
 
     batcher, executor = make(Limits(max_batch_size=8), Small())

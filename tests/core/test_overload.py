@@ -59,6 +59,16 @@ def test_a_crowd_that_gave_up_leaves_no_trace_on_ordinary_load() -> None:
     assert sorted(tally.latencies_s)[len(tally.latencies_s) // 2] < 0.25
 
 
+def test_a_load_generator_that_is_stopped_does_not_look_like_impatience() -> None:
+    simulation = Simulation(LIMITS, lambda cost: 0.1)
+    for _ in range(64):
+        simulation.at(0.0, lambda: simulation.arrive(patience_s=0.45))
+    for _ in range(64):
+        simulation.at(0.451, simulation.arrive)
+    assert simulation.run().refused == 0
+    assert simulation.scheduler.patience_s is None
+
+
 def test_overload_that_ends_is_forgotten() -> None:
     simulation = Simulation(LIMITS, lambda cost: 0.1)
     simulation.poisson(160.0, 10.0, lambda: simulation.arrive(patience_s=0.5))

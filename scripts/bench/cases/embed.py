@@ -45,6 +45,7 @@ def run(*, is_short: bool) -> Report:
                     "p50_ms": round(got.p50_ms, 1),
                     "p99_ms": round(got.p99_ms, 1),
                     "failed": got.failed,
+                    "refused": totals["refused"] - before["refused"],
                     "mean_batch_items": round(
                         (totals["items"] - before["items"]) / (totals["batches"] - before["batches"]), 2
                     ),
