@@ -12,6 +12,7 @@ from ray.serve import Application
 
 from deployments.core.contract import Limits
 from deployments.dynamic_batching import DynamicBatching, ModelSpec
+from deployments.runtime.model_class import check_class, load_class
 from serve_app.config import DynamicArgs, ModelUserConfig
 from serve_app.http.app import make_app
 
@@ -24,6 +25,7 @@ an honest Retry-After; beyond it Ray's own queue holds them."""
 
 def dynamic(args: DynamicArgs) -> Application:
     """Dynamic batching of one model; see docs/reference/config.md for `args`."""
+    check_class(load_class(args.model), args.model_args)  # here, not in the replica: seconds earlier
     limits = args.limits()
     spec = ModelSpec(args.model, args.model_args, args.safety)
     in_service = limits.slots * limits.max_batch_size

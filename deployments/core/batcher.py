@@ -204,9 +204,8 @@ class Batcher:
 
         try:
             report = await self._executor.execute(batch, on_model_begins, on_model_done)
-        except Exception:
-            logger.exception("executor_failed items=%d", len(batch.items))
-            error = InternalError("this batch could not be run; the server's log has the reason")
+        except Exception as bug:
+            error = InternalError.of("this batch could not be run; the server's log has the reason", bug)
             report = BatchReport([Result(error=error) for _ in batch.items], runs=0)
         on_model_begins()
         on_model_done(report)

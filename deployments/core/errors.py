@@ -21,6 +21,14 @@
 Messages are safe to show: they hold no traceback, no path and no other caller's data.
 """
 
+import sys
+import traceback
+
+if sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    from typing_extensions import Self
+
 
 class ServingError(Exception):
     """Base of all; `type` is the stable name that callers may switch on.
@@ -99,7 +107,19 @@ class ClientLeft(ServingError):
 
 
 class InternalError(ServingError):
+    """`detail` is for the log of the request, never for its caller: a traceback as text, so that no
+    frame (and no tensor in it) lives as long as the error does."""
+
     type = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, detail: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.detail = detail
+
+    @classmethod
+    def of(cls, message: str, cause: BaseException) -> Self:
+        """With the traceback of what was raised as its detail."""
+        return cls(message, detail="".join(traceback.format_exception(cause)))
 
 
 class ModelFailed(InternalError):

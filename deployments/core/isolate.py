@@ -6,15 +6,13 @@ included: a model has no say over the process that serves it.
 Cost: k culprits among n items take at most 2 k log2(n) + 1 runs, and every run is smaller.
 """
 
-import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
 from deployments.core.submission import Result
-
-logger = logging.getLogger(__name__)
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
 """Runs a batch of examples: one output each, in order. Raises ModelBroken for a wrong count."""
@@ -78,17 +76,15 @@ class _Failure:
 
     def __init__(self, error: BaseException, is_out_of_memory: bool) -> None:
         self.is_out_of_memory = is_out_of_memory
-        self._name = type(error).__name__
+        self._message = f"the model raised {type(error).__name__} on this item"
+        self._detail = "".join(traceback.format_exception(error))
         self._known = error.with_traceback(None) if isinstance(error, ServingError) else None
         # A wrong count says nothing of any single item, and a retry alone could look right by luck.
         self.condemns_all = isinstance(error, ModelBroken)
-        level = logging.DEBUG if isinstance(error, InvalidItem) else logging.ERROR
-        if not is_out_of_memory:
-            logger.log(level, "model_raised error=%s", self._name, exc_info=error)
 
     def for_caller(self) -> ServingError:
         if self._known is not None:
             return self._known
         if self.is_out_of_memory:
             return InvalidItem("this item alone does not fit the device's memory: send a smaller item")
-        return ModelFailed(f"the model raised {self._name} on this item; the server's log has it")
+        return ModelFailed(f"{self._message}; the server's log has it", detail=self._detail)

@@ -18,7 +18,6 @@ Besides the contract's methods a class may have these, as attributes or methods:
 Two examples() of different length say that a dimension may vary; one says that it may not.
 """
 
-import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -37,8 +36,6 @@ from deployments.runtime.model_class import (
 )
 
 __all__ = ["Adapter", "ModelClassError", "is_out_of_memory", "load_class"]
-
-logger = logging.getLogger(__name__)
 
 
 class Adapter:
@@ -301,8 +298,7 @@ class Adapter:
             raise self._failure(what, error) from error
 
     def _failure(self, what: str, error: BaseException) -> ModelFailed:
-        logger.warning("model_raised model=%s in=%s", self.name, what, exc_info=error)
-        return ModelFailed(f"the model raised {type(error).__name__} in {what}")
+        return ModelFailed.of(f"the model raised {type(error).__name__} in {what}", error)
 
 
 def _common_dims(

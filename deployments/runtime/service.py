@@ -255,9 +255,8 @@ class ModelService:
             return Prepared(example, warning=adapter.warning(value))
         except ServingError as error:
             return Prepared(error=error)
-        except Exception:
-            logger.exception("preprocess_failed app=%s", self._app_name)
-            return Prepared(error=InternalError("this item could not be prepared"))
+        except Exception as bug:
+            return Prepared(error=InternalError.of("this item could not be prepared", bug))
 
     async def _finish(self, submission: Submission, options: RequestOptions) -> list[Outcome]:
         if self._is_cheap_after:
@@ -277,9 +276,8 @@ class ModelService:
                 outcomes.append(Outcome(after(result.output)))
             except ServingError as error:
                 outcomes.append(Outcome(error=error))
-            except Exception:
-                logger.exception("postprocess_failed app=%s", self._app_name)
-                outcomes.append(Outcome(error=InternalError("this output could not be read")))
+            except Exception as bug:
+                outcomes.append(Outcome(error=InternalError.of("this output could not be read", bug)))
         return outcomes
 
     # -- figures ------------------------------------------------------------------------------------

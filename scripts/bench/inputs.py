@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-TEXTS = 512
+TEXTS = 256
 IMAGES = 64
 
 

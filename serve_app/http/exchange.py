@@ -9,6 +9,7 @@ machine, routing and JSON included; Starlette's Request and middleware stack wou
 
 import asyncio
 import logging
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,14 +82,20 @@ def request_id_of(headers: Mapping[bytes, bytes]) -> str:
 
 def log_failure(error: ServingError, *, route: str, request_id: str) -> None:
     """A fault of ours goes to the log with its cause; the caller gets the request id only."""
+    cause = error.__cause__
+    detail = getattr(error, "detail", None) or ("" if cause is None else _traceback_of(cause))
     logger.error(
-        "event=request_failed route=%s type=%s request_id=%s message=%r",
+        "event=request_failed route=%s type=%s request_id=%s message=%r\n%s",
         route,
         error.type,
         request_id,
         error.message,
-        exc_info=error.__cause__ or error,
+        detail,
     )
+
+
+def _traceback_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
 
 
 class Endpoint:
@@ -132,8 +139,7 @@ class Endpoint:
         except ServingError as error:
             reply = self._failed(error, call.request_id)
         except Exception as bug:
-            hidden = InternalError("something went wrong on our side; the log knows the request id")
-            hidden.__cause__ = bug
+            hidden = InternalError.of("something went wrong on our side; the log knows the request id", bug)
             reply = self._failed(hidden, call.request_id)
         self._count(reply.status, route=self._route)
         await self._send(reply, call, send)

@@ -164,5 +164,4 @@ def _mark_unencodable(outcomes: Sequence[Outcome]) -> None:
         try:
             encode_json(outcome.value)
         except Exception as error:
-            outcome.error = ModelBroken("the model's output is no JSON value; see postprocess")
-            outcome.error.__cause__ = error
+            outcome.error = ModelBroken.of("the model's output is no JSON value; see postprocess", error)

@@ -1,85 +1,89 @@
 """MiniLM over HTTP against the model alone: how much of the hardware does the server leave to it?
 
-Server, padded offline and our ragged model alone take turns (A B C A B C), and only ratios within a
-round are compared: this machine's speed drifts by tens of percent over minutes.
+The ceiling is what an offline job would do: transformers, texts sorted by length, padded batches of
+32, tokenised beforehand. Our own ragged model alone is beside it: what the server could reach.
 """
 
-from statistics import median
 from typing import Any
 
 from scripts.bench import inputs, offline
-from scripts.bench.endpoint import ours
+from scripts.bench.endpoint import Endpoint, ours
 from scripts.bench.processes import CpuMeter
-from scripts.bench.report import Report, least, say
-from scripts.bench.saturate import client_name, saturate
+from scripts.bench.report import Report, least
+from scripts.bench.saturate import steady
 from scripts.bench.server import Server, application
+from scripts.bench.turns import Turns
 
 CONNECTIONS = (32, 64)
 MODEL = "deployments.models.minilm:MiniLM"
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, duration_s = (1, 3.0) if is_short else (4, 12.0)
+    rounds, slice_s = (1, 3.0) if is_short else (10, 5.0)
     config = application("embed", MODEL, max_batch_size=32)
-    bodies = [ours("embed").body(text) for text in inputs.texts()]
-    found: list[dict[str, float]] = []
+    endpoint = ours("embed")
+    bodies = [endpoint.body(text) for text in inputs.texts()]
     details: dict[str, Any] = {}
     with (
         Server(config) as server,
         offline.Reference(offline.padded_minilm) as padded,
         offline.Reference(offline.ragged_minilm) as ragged,
     ):
-        saturate(server.port, "/embed/predict", bodies, connections=64, duration_s=3)
-        for number in range(rounds):
-            figures = {"padded": padded.rate(duration_s / 2), "ragged": ragged.rate(duration_s / 2)}
-            for connections in CONNECTIONS:
-                before, meter = server.stats("embed")["totals"], CpuMeter(server.tree)
-                meter.start()
-                got = saturate(
-                    server.port, "/embed/predict", bodies, connections=connections, duration_s=duration_s
-                )
-                cpu_s, by_name, wall_s = meter.stop()
-                totals = server.stats("embed")["totals"]
-                figures[f"c{connections}"] = got.rate
-                details[f"c{connections}"] = {
-                    "p50_ms": round(got.p50_ms, 1),
-                    "p99_ms": round(got.p99_ms, 1),
-                    "failed": got.failed,
-                    "refused": totals["refused"] - before["refused"],
-                    "mean_batch_items": round(
-                        (totals["items"] - before["items"]) / (totals["batches"] - before["batches"]), 2
-                    ),
-                    "model_busy_share": round((totals["busy_s"] - before["busy_s"]) / wall_s, 3),
-                    "cpu_cores_used": round(cpu_s / wall_s, 2),
-                    "cpu_s_by_process": by_name,
-                }
-            figures["padded_after"] = padded.rate(duration_s / 2)
-            figures["padded"] = (figures["padded"] + figures["padded_after"]) / 2
-            found.append(figures)
-            say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{k} {v:.1f}" for k, v in figures.items()))
 
-    def ratio(name: str, to: str) -> float:
-        return round(median(figures[name] / figures[to] for figures in found), 4)
+        def serve(connections: int) -> float:
+            before, meter = server.stats("embed")["totals"], CpuMeter(server.tree)
+            meter.start()
+            got = steady(server.port, endpoint.path, bodies, connections=connections, duration_s=slice_s)
+            cpu_s, by_name, wall_s = meter.stop()
+            totals = server.stats("embed")["totals"]
+            done = {name: totals[name] - before[name] for name in ("items", "batches", "busy_s", "refused")}
+            details[f"c{connections}"] = {
+                "p50_ms": round(got.p50_ms, 1),
+                "p99_ms": round(got.p99_ms, 1),
+                "failed": got.failed,
+                "refused": done["refused"],
+                "mean_batch_items": round(done["items"] / done["batches"], 2),
+                "model_s_per_item": round(done["busy_s"] / done["items"], 5),
+                "cpu_s_per_item": round(cpu_s / done["items"], 5),
+                "cpu_s_by_process": by_name,
+            }
+            return got.rate
 
-    names = [f"c{connections}" for connections in CONNECTIONS]
-    every = [*names, "padded", "ragged"]
+        serve(64)
+        turns = Turns(
+            ceiling=lambda: padded.rate(slice_s / 2),
+            servers={f"c{n}": lambda n=n: serve(n) for n in CONNECTIONS},  # type: ignore[misc]
+            others={"own_model_alone": lambda: ragged.rate(slice_s / 2)},
+        )
+        turns.run(rounds)
     return Report(
         "embed",
-        {
-            "texts_per_s": {name: round(median(f[name] for f in found), 1) for name in every},
-            "ratio_to_padded": {name: ratio(name, "padded") for name in names},
-            "ratio_to_own_model_alone": {name: ratio(name, "ragged") for name in names},
-            "details": details,
-            "rounds": [{name: round(value, 1) for name, value in f.items()} for f in found],
-        },
-        [least(f"ratio_to_padded.{name}", 0.95) for name in names],
+        turns.figures("texts_per_s") | {"last_slices": details},
+        [least(f"ratio.c{n}", 0.95) for n in CONNECTIONS],
         {
             "application": config["args"],
             "texts": len(bodies),
             "words": [8, 128],
-            "client": client_name(),
-            "round_s": duration_s,
+            "slice_s": slice_s,
             "ceiling": "transformers BertModel, sorted by length, padded, batches of 32, tokenised before",
         },
         is_short,
     )
+
+
+def against_offline(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]:
+    """The same turns for a server that isn't ours."""
+    rounds, slice_s = (1, 3.0) if is_short else (5, 5.0)
+    bodies = [endpoint.body(text) for text in inputs.texts()]
+
+    def serve(connections: int) -> float:
+        return steady(port, endpoint.path, bodies, connections=connections, duration_s=slice_s).rate
+
+    with offline.Reference(offline.padded_minilm) as padded:
+        serve(64)
+        turns = Turns(
+            ceiling=lambda: padded.rate(slice_s / 2),
+            servers={f"c{n}": lambda n=n: serve(n) for n in CONNECTIONS},  # type: ignore[misc]
+        )
+        turns.run(rounds)
+    return turns.figures("texts_per_s")

@@ -12,7 +12,7 @@ from scripts.bench import inputs
 from scripts.bench.endpoint import Endpoint, ours
 from scripts.bench.loads import PATIENCE_S, Offer, impatient
 from scripts.bench.report import Report, least, most, say
-from scripts.bench.saturate import saturate
+from scripts.bench.saturate import steady
 from scripts.bench.server import Server, application
 
 BATCH, BATCH_MS = 8, 100.0
@@ -78,7 +78,7 @@ def embedding(
 
     def capacity() -> float:
         seconds = 3.0 if is_short else 10.0
-        return saturate(port, endpoint.path, bodies, connections=64, duration_s=seconds).rate
+        return steady(port, endpoint.path, bodies, connections=64, duration_s=seconds).rate
 
     capacity()
     figures: dict[str, Any] = {}

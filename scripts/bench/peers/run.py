@@ -13,16 +13,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from scripts.bench import inputs, offline
+from scripts.bench.cases.embed import against_offline
 from scripts.bench.cases.overload import CAPACITY, embedding
 from scripts.bench.endpoint import Endpoint
 from scripts.bench.loads import Offer, impatient, poisoned
 from scripts.bench.processes import free_port
 from scripts.bench.report import ROOT, Report, say
-from scripts.bench.saturate import client_name, saturate
 from scripts.bench.server import Spawned
 
 VENVS = ROOT / ".bench"
@@ -156,7 +154,7 @@ def measure(name: str, peer: Peer, *, is_short: bool) -> Report:
     peer.install()
     endpoint = peer.endpoint
     with PeerServer(peer, "minilm") as server:
-        embed = _embed(server.port, endpoint, is_short=is_short)
+        embed = against_offline(server.port, endpoint, is_short=is_short)
         minilm = embedding(server.port, endpoint, is_short=is_short, said=(False,))
     sleeping: dict[str, Any] = {}
     with PeerServer(peer, "sleep") as server:
@@ -171,7 +169,6 @@ def measure(name: str, peer: Peer, *, is_short: bool) -> Report:
     config = {
         "peer": name,
         "peer_version": peer.version(),
-        "client": client_name(),
         "tuned_timeout_s": TUNED_TIMEOUT_S,
         "environ": dict(peer.environ),
     }
@@ -184,28 +181,3 @@ def _sleep(port: int, endpoint: Endpoint, share: float, *, is_short: bool) -> di
     found = impatient(port, endpoint, offer, says_so=False, capacity=CAPACITY)
     say(f"  sleep x {share:g}: {found}")
     return found
-
-
-def _embed(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]:
-    rounds, duration_s = (1, 3.0) if is_short else (3, 10.0)
-    bodies = [endpoint.body(text) for text in inputs.texts()]
-    found: list[dict[str, float]] = []
-    failed = 0
-    with offline.Reference(offline.padded_minilm) as padded:
-        saturate(port, endpoint.path, bodies, connections=64, duration_s=3)
-        for _ in range(rounds):
-            figures = {"padded": padded.rate(duration_s / 2)}
-            for connections in (32, 64):
-                got = saturate(port, endpoint.path, bodies, connections=connections, duration_s=duration_s)
-                figures[f"c{connections}"] = got.rate
-                failed += got.failed
-            figures["padded"] = (figures["padded"] + padded.rate(duration_s / 2)) / 2
-            found.append(figures)
-            say("  embed: " + ", ".join(f"{k} {v:.1f}" for k, v in figures.items()))
-    return {
-        "texts_per_s": {name: round(median(f[name] for f in found), 1) for name in ("c32", "c64", "padded")},
-        "ratio_to_padded": {
-            name: round(median(f[name] / f["padded"] for f in found), 4) for name in ("c32", "c64")
-        },
-        "failed": failed,
-    }
