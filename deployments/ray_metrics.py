@@ -4,11 +4,10 @@ Owns: metric names, units and buckets; docs/reference/metrics.md lists them. Ray
 application, deployment and replica, and the prefix `ray_`.
 """
 
-from collections.abc import Sequence
-
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from deployments.core.batcher import BatchReport
+from deployments.core.figures import Moment
 from deployments.core.scheduler import Batch
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
@@ -29,7 +28,9 @@ class RayMetrics:
         self._model = Histogram(
             "brimful_model_seconds", description="A batch's time in the model.", boundaries=SECONDS
         )
-        self._items = Histogram("brimful_batch_items", description="Items of a batch.", boundaries=POWERS)
+        self._batch_items = Histogram(
+            "brimful_batch_items", description="Items of a batch.", boundaries=POWERS
+        )
         self._cost = Histogram(
             "brimful_batch_cost", description="A batch's cost in the model's unit.", boundaries=COSTS
         )
@@ -41,22 +42,25 @@ class RayMetrics:
             description="Finished HTTP requests by status; 499: the client left.",
             tag_keys=("status", "route"),
         )
+        self._items_total = Counter("brimful_items_total", description="Items that ran.")
+        self._batches_total = Counter("brimful_batches_total", description="Batches that ran.")
         self._queue_items = Gauge("brimful_queue_items", description="Items waiting now.")
         self._queue_cost = Gauge("brimful_queue_cost", description="Cost waiting now.")
         self._busy = Gauge("brimful_slot_busy_share", description="Share of slots' time in the model.")
 
-    def observe_batch(self, batch: Batch, report: BatchReport, waits_s: Sequence[float]) -> None:
+    def observe_batch(self, batch: Batch, report: BatchReport, wait_s: float) -> None:
         self._model.observe(report.model_s)
-        self._items.observe(len(batch.items))
+        self._batch_items.observe(len(batch.items))
         self._cost.observe(batch.cost)
         self._padding.observe(report.padding_share)
-        for wait_s in waits_s:
-            self._queue_wait.observe(wait_s)
+        self._queue_wait.observe(wait_s)
 
-    def count_request(self, status: int, route: str) -> None:
-        self._requests.inc(tags={"status": str(status), "route": route})
-
-    def set_gauges(self, queue_items: int, queue_cost: float, slot_busy_share: float) -> None:
-        self._queue_items.set(queue_items)
-        self._queue_cost.set(queue_cost)
-        self._busy.set(slot_busy_share)
+    def send(self, moment: Moment) -> None:
+        self._queue_items.set(moment.queue_items)
+        self._queue_cost.set(moment.queue_cost)
+        self._busy.set(moment.slot_busy_share)
+        if moment.batches:
+            self._items_total.inc(moment.items)
+            self._batches_total.inc(moment.batches)
+        for (status, route), count in moment.requests.items():
+            self._requests.inc(count, tags={"status": str(status), "route": route})

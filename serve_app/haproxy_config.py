@@ -25,6 +25,8 @@ ANSWERS = {
 }
 BODY_WAIT_S = 5
 REQUEST_ID = "%[var(txn.request_id),json]"
+FIT_ID = "'^[A-Za-z0-9._:/+=-]{1,128}$'"
+"""As in serve_app/http/exchange.py; in single quotes, where HAProxy expands nothing."""
 _DRAINING = ("shutting_down", "this server is stopping", 1)
 _NOT_FOUND = ("not_found", "no application serves this path", None)
 
@@ -59,8 +61,10 @@ def _front_door(bufsize: int) -> list[str]:
     return [
         "    # brimful: one id for a request, on every path, HAProxy's own answers included",
         "    unique-id-format %[uuid()]",
-        "    http-request set-header x-request-id %[unique-id] if !{ req.hdr(x-request-id) -m found }",
-        "    http-request set-var(txn.request_id) req.hdr(x-request-id)",
+        # Ray's middleware echoes what comes in, our log and bodies replace what is unfit: so here, first.
+        "    http-request set-header x-request-id %[unique-id] "
+        f"if !{{ req.fhdr_cnt(x-request-id) 1 }} or !{{ req.fhdr(x-request-id) -m reg {FIT_ID} }}",
+        "    http-request set-var(txn.request_id) req.fhdr(x-request-id)",
         "    http-after-response set-header x-request-id %[var(txn.request_id)] "
         "if !{ res.hdr(x-request-id) -m found }",
         "    # brimful: the launcher closes the door here when it drains",

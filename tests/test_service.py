@@ -1,6 +1,7 @@
 """A replica's service without Ray: preprocess, batch, postprocess, and what goes wrong between."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from deployments.core.contract import Answer, Limits, RequestOptions
-from deployments.core.errors import Draining, InvalidItem, ModelBroken, ModelFailed
+from deployments.core.errors import DeadlinePassed, Draining, InvalidItem, ModelBroken, ModelFailed
 from deployments.runtime.adapter import Adapter
 from deployments.runtime.service import ModelService
 from tests import user_models
@@ -110,7 +111,6 @@ async def test_a_draining_replica_finishes_its_work_and_refuses_more() -> None:
         with pytest.raises(Draining):
             await ask(service, {"value": 2})
         assert values(await first) == [1]
-        await service.wait_idle()
 
 
 async def test_two_instances_run_side_by_side() -> None:
@@ -131,3 +131,37 @@ async def test_a_model_that_hangs_is_reported_by_its_heartbeat(monkeypatch: pyte
             service.check_health()
         await hung
         service.check_health()
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(max_queue_items=4, max_items_per_request=4), Limits(max_queue_cost=8.0)]
+)
+async def test_a_queue_smaller_than_a_batch_starts(limits: Limits) -> None:
+    async with serving(user_models.Doubler, limits) as service:
+        assert values(await ask(service, [1, 2, 3, 4])) == [[2, 4, 6, 8]]
+
+
+async def test_a_deadline_holds_while_an_item_is_preprocessed() -> None:
+    class Slow(user_models.Fickle):
+        def preprocess(self, item: Any) -> Any:
+            time.sleep(0.5)
+            return item
+
+    async with serving(Slow) as service:
+        started = time.perf_counter()
+        with pytest.raises(DeadlinePassed, match="100 ms"):
+            await ask(service, {"value": 1}, timeout_ms=100.0)
+        assert time.perf_counter() - started < 0.4
+        assert service.batcher.scheduler.reserved_items == 0
+
+
+async def test_a_device_that_is_lost_makes_the_replica_unhealthy() -> None:
+    class Lost(user_models.Fickle):
+        def forward(self, batch: Any) -> Any:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    async with serving(Lost) as service:
+        service.check_health()
+        await ask(service, {"value": 1})
+        with pytest.raises(RuntimeError, match="device"):
+            service.check_health()

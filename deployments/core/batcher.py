@@ -5,6 +5,7 @@ example is. One event loop; nothing here is thread-safe.
 """
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -89,21 +90,23 @@ class Batcher:
         self._staged: Batch | None = None
         self._in_transit = 0
         self._arrived = asyncio.Event()
-        self._unfinished = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
 
-    @property
-    def in_flight(self) -> int:
-        """Submissions accepted and not yet answered."""
-        return self._unfinished
+    def check_room(self, items: int, *, timeout_s: float) -> None:
+        """Raise what `reserve` would, and reserve nothing."""
+        self.scheduler.check_room(self._clock(), items, timeout_s=timeout_s)
 
-    def reserve(self, items: int, *, timeout_s: float) -> None:
+    def reserve(self, items: int, *, timeout_s: float, priority: int = 0) -> None:
         """Refuse before any work is spent on the items; see Scheduler.reserve."""
-        self.scheduler.reserve(self._clock(), items, timeout_s=timeout_s)
+        self.scheduler.reserve(self._clock(), items, timeout_s=timeout_s, priority=priority)
 
     async def submit(
-        self, examples: Sequence[Example], *, timeout_s: float, priority: int = 0, reserved: int = 0
+        self,
+        examples: Sequence[Example],
+        *,
+        timeout_s: float,
+        priority: int = 0,
+        arrived: float | None = None,
+        reserved: int = 0,
     ) -> Submission:
         """Queue the examples of one request and wait until each has its result.
 
@@ -122,30 +125,21 @@ class Batcher:
             timeout_s=timeout_s,
             priority=priority,
             on_done=on_done,
+            arrived=arrived,
             reserved=reserved,
         )
-        self._unfinished += 1
-        self._idle.clear()
         try:
             self._pump()
             await done
         except asyncio.CancelledError:
             self.scheduler.cancel(submission, self._clock())
             raise
-        finally:
-            self._unfinished -= 1
-            if not self._unfinished:
-                self._idle.set()
         return submission
 
     def drain(self) -> None:
         """From now on new work is refused; what was accepted is finished."""
         self.scheduler.is_draining = True
         self._pump()
-
-    async def wait_idle(self) -> None:
-        """Until every accepted submission has its answer."""
-        await self._idle.wait()
 
     # -- the pump: start batches while there are both slots and work ------------------------------
 
@@ -178,7 +172,9 @@ class Batcher:
         self._keep(self._run(batch))
 
     def _keep(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+        # In an empty context: the batch is nobody's request, and its logs must not carry the id of
+        # the one that happened to launch it.
+        task = contextvars.Context().run(asyncio.ensure_future, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -205,18 +201,22 @@ class Batcher:
         try:
             report = await self._executor.execute(batch, on_model_begins, on_model_done)
         except Exception as bug:
-            error = InternalError.of("this batch could not be run; the server's log has the reason", bug)
-            report = BatchReport([Result(error=error) for _ in batch.items], runs=0)
+            message = "this batch could not be run; the server's log has the reason"
+            results = [Result(error=InternalError.of(message, bug)) for _ in batch.items]
+            report = BatchReport(results, runs=0)
         on_model_begins()
         on_model_done(report)
         if self._in_transit:
             # Answers make clients send again, and that work would keep the loop from carrying the
             # next batch to the model: without this the model stood still for a tenth of the time.
             await self._arrived.wait()
+        waits_s = [batch.started - item.submission.arrived for item in batch.items]
+        self.scheduler.finish(batch, report.results, self._clock(), model_s=report.model_s)
         if self.observer is not None:
-            waits_s = [batch.started - item.submission.arrived for item in batch.items]
-            self.observer.on_batch(batch, report, waits_s)
-        self.scheduler.finish(batch, report.results, self._clock())
+            try:
+                self.observer.on_batch(batch, report, waits_s)
+            except Exception:  # figures are worth less than the slot
+                logger.exception("observer_failed")
 
     def _learn_memory(self, batch: Batch, report: BatchReport) -> None:
         if report.out_of_memory_items is None:
@@ -241,7 +241,9 @@ class Batcher:
             self._wake = None
         self._wake_at = due
         if due < float("inf"):
-            self._wake = asyncio.get_running_loop().call_later(max(0.0, due - now), self._on_timer)
+            self._wake = asyncio.get_running_loop().call_later(
+                max(0.0, due - now), self._on_timer, context=contextvars.Context()
+            )
 
     def _on_timer(self) -> None:
         self._wake, self._wake_at = None, float("inf")

@@ -126,6 +126,10 @@ class Service(Protocol):
         """False while loading or draining."""
         ...
 
+    def check_room(self, items: int) -> None:
+        """Raise Refusal where `items` more would not be let in now: asked before a big body is read."""
+        ...
+
     async def predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
         """Run all items; one outcome each, in order.
 

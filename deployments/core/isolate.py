@@ -8,11 +8,17 @@ Cost: k culprits among n items take at most 2 k log2(n) + 1 runs, and every run 
 
 import traceback
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
 from deployments.core.submission import Result
+
+MAX_DETAIL_CHARS = 16_384
+"""Of a traceback, for the log; a model may raise with megabytes of text."""
+
+T = TypeVar("T")
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
 """Runs a batch of examples: one output each, in order. Raises ModelBroken for a wrong count."""
@@ -55,10 +61,10 @@ def _run_part(
         report.results.extend(Result(output=output) for output in outputs)
         return
     except BaseException as error:  # the outermost edge of the model
-        failure = _Failure(error, is_out_of_memory(error))
+        failure = _Failure(error, _quietly(is_out_of_memory, error) or False, is_last=len(examples) == 1)
     # Outside of `except`: the traceback, and the tensors it holds, are gone before the next run.
     if failure.is_out_of_memory:
-        on_out_of_memory()
+        _quietly(on_out_of_memory)
         if len(examples) > 1:
             smallest = report.out_of_memory_items or len(examples)
             report.out_of_memory_items = min(smallest, len(examples))
@@ -71,20 +77,34 @@ def _run_part(
     _run_part(run, examples[middle:], report, memory)
 
 
+def _quietly(function: Callable[..., T], *arguments: Any) -> T | None:
+    """What `function` returns; None where it raises: an exception that can't even be printed must
+    not take the batch-mates along."""
+    try:
+        return function(*arguments)
+    except Exception:
+        return None
+
+
+def _traceback_of(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-MAX_DETAIL_CHARS:]
+
+
 class _Failure:
     """What is kept of an exception: its text, not its frames."""
 
-    def __init__(self, error: BaseException, is_out_of_memory: bool) -> None:
+    def __init__(self, error: BaseException, is_out_of_memory: bool, *, is_last: bool) -> None:
         self.is_out_of_memory = is_out_of_memory
         self._message = f"the model raised {type(error).__name__} on this item"
-        self._detail = "".join(traceback.format_exception(error))
+        # Only once: a big text would be formatted again at every level of the split.
+        self._detail = _quietly(_traceback_of, error) if is_last else None
         self._known = error.with_traceback(None) if isinstance(error, ServingError) else None
         # A wrong count says nothing of any single item, and a retry alone could look right by luck.
         self.condemns_all = isinstance(error, ModelBroken)
 
     def for_caller(self) -> ServingError:
         if self._known is not None:
-            return self._known
+            return copy(self._known)  # one object a caller: the protocols write into it
         if self.is_out_of_memory:
             return InvalidItem("this item alone does not fit the device's memory: send a smaller item")
         return ModelFailed(f"{self._message}; the server's log has it", detail=self._detail)

@@ -66,6 +66,8 @@ class OverloadControl:
 
     def on_give_up(self, now: float, age_s: float, batch_s: float) -> None:
         """A client left after `age_s`, its item waiting or running."""
+        if age_s < batch_s:
+            return  # who can't wait for one batch can't be served; nor may it teach for the others
         self._gave_up.append((now, age_s))
         if not self.is_standing(now, batch_s):
             return

@@ -12,7 +12,9 @@ time, so that a list in one request takes turns with other requests instead of g
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from deployments.core.contract import Limits
@@ -58,6 +60,16 @@ class Counters:
     lowered_cost: float | None = field(default=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Who asks to be let in."""
+
+    items: int
+    cost: float
+    timeout_s: float
+    priority: int
+
+
 class Scheduler:
     """The queue of one replica. Not thread-safe: one event loop owns it."""
 
@@ -77,6 +89,9 @@ class Scheduler:
         self._running: list[Batch] = []
         self._lowered_cost = math.inf
         self._reserved = 0
+        self._waiting_by_priority: Counter[int] = Counter()
+        self._backlog_fill = float(limits.max_batch_size)
+        self.prepare_item_s = 0.0
 
     # -- what a moment looks like ---------------------------------------------------------------
 
@@ -87,6 +102,11 @@ class Scheduler:
     @property
     def waiting_cost(self) -> float:
         return self._waiting_cost
+
+    @property
+    def reserved_items(self) -> int:
+        """Items let in and still being preprocessed."""
+        return self._reserved
 
     @property
     def running(self) -> Sequence[Batch]:
@@ -110,14 +130,18 @@ class Scheduler:
 
     # -- entering --------------------------------------------------------------------------------
 
-    def reserve(self, now: float, items: int, *, timeout_s: float) -> None:
+    def check_room(self, now: float, items: int, *, timeout_s: float, priority: int = 0) -> None:
+        """Raise what `reserve` would raise, and reserve nothing."""
+        self._check_door(items)
+        self._check_wait(now, _Entry(items, 0.0, timeout_s, priority))
+
+    def reserve(self, now: float, items: int, *, timeout_s: float, priority: int = 0) -> None:
         """Refuse early, before any work is spent on the items: raises Overloaded or Draining.
 
         Otherwise the items count as waiting while they are preprocessed: `submit` them with
         `reserved=items`, or `release` them where they end on the way.
         """
-        self._check_door(items)
-        self._check_wait(now, items, 0.0, timeout_s)
+        self.check_room(now, items, timeout_s=timeout_s, priority=priority)
         self._reserved += items
 
     def release(self, items: int) -> None:
@@ -131,13 +155,15 @@ class Scheduler:
         timeout_s: float,
         priority: int,
         on_done: Callable[[Submission], None],
+        arrived: float | None = None,
         reserved: int = 0,
     ) -> Submission:
         """Queue all examples of one request, or raise and queue none.
 
         Examples too big for any batch get their InvalidItem at once; their mates are queued.
         Raises Overloaded, Draining, RequestTooLarge (a list that could never be held). With a
-        reservation, which ends here, only a queue full by cost refuses.
+        reservation, which ends here, only a queue full by cost refuses. `timeout_s` counts from
+        `arrived`, before preprocessing; None: now.
         """
         self._reserved -= reserved
         fitting = [i for i, e in enumerate(examples) if e.cost <= self._door_cost()]
@@ -146,8 +172,9 @@ class Scheduler:
         if not reserved:
             self._check_door(len(fitting))
         if not reserved or self._waiting_cost + cost > self._max_queue_cost():
-            self._check_wait(now, len(fitting), cost, timeout_s)
-        submission = Submission(examples, now, now + timeout_s, priority, on_done)
+            self._check_wait(now, _Entry(len(fitting), cost, timeout_s, priority))
+        since = now if arrived is None else arrived
+        submission = Submission(examples, since, since + timeout_s, priority, on_done)
         self.counters.submitted += len(examples)
         tag = self._virtual_time
         for i in fitting:
@@ -157,9 +184,18 @@ class Scheduler:
         if fitting:
             self._waiting_cost += cost
             self._waiting_submissions += 1
-            heapq.heappush(self._deadlines, (submission.deadline, next(self._serials), submission))
+            self._waiting_by_priority[priority] += len(fitting)
+            self._push_deadline(submission)
         self._refuse_oversized(submission, set(fitting))
         return submission
+
+    def _push_deadline(self, submission: Submission) -> None:
+        # Ended submissions are skipped when they surface; with long deadlines few do, so they are
+        # swept out before they outnumber the living.
+        if len(self._deadlines) > 2 * self._waiting_submissions + 64:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].waiting]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (submission.deadline, next(self._serials), submission))
 
     def _door_cost(self) -> float:
         limit = self.limits.max_batch_cost
@@ -187,20 +223,21 @@ class Scheduler:
                 param="inputs",
             )
 
-    def _check_wait(self, now: float, items: int, cost: float, timeout_s: float) -> None:
-        if not self._waiting and len(self._running) < self.limits.slots:
+    def _check_wait(self, now: float, entry: "_Entry") -> None:
+        has_room = (
+            self.waiting_items + self._reserved + entry.items <= self.limits.max_queue_items
+            and self._waiting_cost + entry.cost <= self._max_queue_cost()
+        )
+        is_idle = not self._waiting and not self._reserved and len(self._running) < self.limits.slots
+        if is_idle and has_room:
             self._overload.on_slot_idle(now)
             return
         batch_s = self._full_batch_s()
-        wait_s = self._wait_s(now, batch_s)
-        allowed_s = self._allowed_wait_s(now, wait_s, batch_s, timeout_s)
-        has_room = (
-            self.waiting_items + self._reserved + items <= self.limits.max_queue_items
-            and self._waiting_cost + cost <= self._max_queue_cost()
-        )
+        wait_s = self._wait_s(now, batch_s, entry.priority)
+        allowed_s = self._allowed_wait_s(now, wait_s, batch_s, entry.timeout_s)
         if has_room and wait_s <= allowed_s:
             return
-        self.counters.refused += items
+        self.counters.refused += entry.items
         retry_after_s = max(1, math.ceil(wait_s - (max(0.0, allowed_s) if has_room else 0.0)))
         raise Overloaded(
             f"no room within the allowed wait: {self.waiting_items} items are waiting, about "
@@ -226,27 +263,29 @@ class Scheduler:
         return min(bound_s, deadline_s)
 
     def predicted_wait_s(self, now: float) -> float:
-        """Until a newcomer at the queue's end would begin: slots' rest plus the batches ahead."""
-        return self._wait_s(now, self._full_batch_s())
+        """Until a newcomer would begin: preprocessing, slots' rest, and the batches ahead of it."""
+        return self._wait_s(now, self._full_batch_s(), priority=0)
 
-    def _wait_s(self, now: float, batch_s: float) -> float:
-        free_in_s = 0.0
+    def _wait_s(self, now: float, batch_s: float, priority: int) -> float:
+        free_in_s = self._reserved * self.prepare_item_s
         if len(self._running) >= self.limits.slots:
-            free_in_s = max(0.0, min(batch.expected_end for batch in self._running) - now)
-        return free_in_s + self._batches_ahead() * batch_s / self.limits.slots
+            free_in_s += max(0.0, min(batch.expected_end for batch in self._running) - now)
+        return free_in_s + self._batches_ahead(priority) * batch_s / self.limits.slots
 
-    def _batches_ahead(self) -> int:
-        by_items = (len(self._waiting) + self._reserved) // self.limits.max_batch_size
+    def _batches_ahead(self, priority: int) -> int:
+        waiting = sum(n for level, n in self._waiting_by_priority.items() if level <= priority)
+        by_items = int((waiting + self._reserved) // self._backlog_fill)
         limit = self.max_batch_cost
-        by_cost = int(self._waiting_cost // limit) if math.isfinite(limit) else 0
-        return max(by_items, by_cost)
+        if not waiting or not math.isfinite(limit):
+            return by_items
+        return max(by_items, int(self._waiting_cost * waiting / len(self._waiting) // limit))
 
     def _full_batch_s(self) -> float:
         """Seconds of a batch filled from what waits now, or of a full one of recent size."""
         if not self._waiting:
             return self.times.predict_s(0.0)
         mean_cost = self._waiting_cost / len(self._waiting)
-        fill = min(self.limits.max_batch_size, len(self._waiting))
+        fill = min(self._backlog_fill, len(self._waiting))
         return self.times.predict_s(min(self.max_batch_cost, mean_cost * fill))
 
     # -- leaving without having run ---------------------------------------------------------------
@@ -270,7 +309,7 @@ class Scheduler:
                 "allow more time (timeout_ms), or send less"
             )
             for index in late:
-                submission.resolve(index, Result(error=error))
+                submission.resolve(index, Result(error=copy(error)))
 
     def next_deadline(self) -> float | None:
         """When `expire` must be called next; ended submissions are skipped."""
@@ -287,6 +326,10 @@ class Scheduler:
         del self._waiting[item.serial]
         del item.submission.waiting[item.index]
         self._waiting_cost -= item.example.cost
+        level = item.submission.priority
+        self._waiting_by_priority[level] -= 1
+        if not self._waiting_by_priority[level]:
+            del self._waiting_by_priority[level]
         if not item.submission.waiting:
             self._waiting_submissions -= 1
         if not self._waiting:
@@ -322,12 +365,15 @@ class Scheduler:
         self._virtual_time += batch.cost / share
         if not self._waiting:
             self._overload.on_queue_empty(now)
+        else:
+            # How full batches really get: with many keys far below max_batch_size.
+            self._backlog_fill += 0.2 * (len(batch.items) - self._backlog_fill)
         return batch
 
     def _ordered(self, now: float) -> list[Item]:
         items = list(self._waiting.values())
         if self._overload.prefers_newest(now, self.oldest_age_s(now), self._full_batch_s()):
-            items.reverse()
+            items.sort(key=lambda item: (item.submission.priority, -item.serial))
             return items
 
         def rank(item: Item) -> tuple[int, float, int]:
@@ -388,11 +434,11 @@ class Scheduler:
         if is_representative:
             self.times.observe(batch.cost, now - batch.started)
 
-    def finish(self, batch: Batch, results: Sequence[Result], now: float) -> None:
+    def finish(self, batch: Batch, results: Sequence[Result], now: float, *, model_s: float = 0.0) -> None:
         """Hand out the results, one an item, in order."""
         self._overload.on_answered(now, len(results))
         for item, result in zip(batch.items, results, strict=True):
-            item.submission.batch_s = now - batch.started
+            item.submission.model_s = model_s
             item.submission.resolve(item.index, result)
 
     def lower_max_cost(self, failed_cost: float) -> None:

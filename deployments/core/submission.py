@@ -44,7 +44,7 @@ class Submission:
     """The items of one request; `on_done` is called once, when the last of them has a result.
 
     Times are seconds of the scheduler's clock. `began` is when its latest item entered a batch,
-    `batch_items` and `batch_s` describe that batch.
+    `batch_items` and `model_s` describe that batch.
     """
 
     examples: Sequence[Example]
@@ -57,7 +57,7 @@ class Submission:
     unresolved: int = 0
     began: float | None = None
     batch_items: int = 0
-    batch_s: float = 0.0
+    model_s: float = 0.0
     cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -70,5 +70,7 @@ class Submission:
             return
         self.results[index] = result
         self.unresolved -= 1
-        if self.unresolved == 0 and not self.cancelled:
-            self.on_done(self)
+        if self.unresolved == 0:
+            self.examples = ()  # may be images; the deadline queue can remember us for a while
+            if not self.cancelled:
+                self.on_done(self)

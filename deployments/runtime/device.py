@@ -125,3 +125,15 @@ def release_memory() -> None:
     """After out of memory: give cached blocks back, so that the smaller retry finds them."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """True for a CUDA error that sticks (a device-side assert, an illegal access): after it every
+    call on this process's context fails, so only a new process helps. Out of memory is none."""
+    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+        return False
+    accelerator_error = getattr(torch, "AcceleratorError", ())
+    try:
+        return isinstance(error, accelerator_error) or "CUDA error:" in str(error)
+    except Exception:  # an exception that can't be printed
+        return False

@@ -12,9 +12,9 @@ from typing import Any
 from deployments.core.batcher import BatchReport
 from deployments.core.isolate import Isolated, run_isolated
 from deployments.core.scheduler import Batch
-from deployments.core.submission import Result
+from deployments.core.submission import Example, Result
 from deployments.runtime.adapter import Adapter, is_out_of_memory
-from deployments.runtime.device import Staged, release_memory, set_threads
+from deployments.runtime.device import Staged, is_device_lost, release_memory, set_threads
 from deployments.runtime.model_thread import ModelThread
 
 
@@ -55,8 +55,9 @@ class ModelExecutor:
         self._slots = [(adapter, ModelThread(f"model-{number}")) for number, adapter in enumerate(instances)]
         self._free = list(self._slots)
         self._hop = hop
-        self._staged: dict[int, asyncio.Future[tuple[Staged, float]]] = {}
+        self._staged: dict[int, asyncio.Future[tuple[Staged, float, float]]] = {}
         self._copy_s = 0.0
+        self.has_lost_device = False
 
     async def load(self, device: str, threads: int) -> None:
         """Load every distinct instance on its own model thread; raises what `load` raises.
@@ -105,20 +106,32 @@ class ModelExecutor:
         try:
             staged = await self._take_staged(batch)
             examples = [item.example.value for item in batch.items]
-            running = thread.call(lambda: _Run(adapter, staged)(examples))
+            running = thread.call(lambda: _Run(adapter, staged, self._on_device_lost)(examples))
             on_model_begins()
             return await running
         finally:
             self._free.append((adapter, thread))
 
-    async def _take_staged(self, batch: Batch) -> Staged | None:
+    async def _take_staged(self, batch: Batch) -> tuple[Staged, float] | None:
         staging = self._staged.pop(id(batch), None)
         if staging is None:
             return None
         try:
-            return (await staging)[0]
+            staged, _, padding_share = await staging
         except Exception:
             return None
+        return staged, padding_share
+
+    def _on_device_lost(self) -> None:
+        self.has_lost_device = True
+
+    async def measure_copy(self, examples: Sequence[Example]) -> None:
+        """On a GPU, once: how long collating and copying a batch takes; staging is off before."""
+        values = [example.value for example in examples]
+        for _ in range(2):  # the first pins memory
+            _, self._copy_s, _ = await asyncio.get_running_loop().run_in_executor(
+                None, _stage, self._slots[0][0], values
+            )
 
     def stage_lead_s(self) -> float:
         """Twice the measured copy time: the copy is done when the slot is free, and not long before."""
@@ -140,20 +153,24 @@ class ModelExecutor:
         self._staged.pop(id(batch), None)
 
 
-def _stage(adapter: Adapter, examples: Sequence[Any]) -> tuple[Staged, float]:
-    """On a pool thread: (the batch on its way to the device, seconds it took)."""
+def _stage(adapter: Adapter, examples: Sequence[Any]) -> tuple[Staged, float, float]:
+    """On a pool thread: (the batch on its way to the device, seconds it took, its padding share)."""
     started = time.perf_counter()
-    staged = adapter.stage(adapter.collate(examples))
-    return staged, time.perf_counter() - started
+    collated = adapter.collate(examples)
+    staged = adapter.stage(collated)
+    return staged, time.perf_counter() - started, adapter.padding_share(examples, collated)
 
 
 class _Run:
     """One batch on the model thread: run, split on failure, time it."""
 
-    def __init__(self, adapter: Adapter, staged: Staged | None) -> None:
+    def __init__(
+        self, adapter: Adapter, staged: tuple[Staged, float] | None, on_device_lost: Callable[[], None]
+    ) -> None:
         self._adapter = adapter
-        self._staged = staged
-        self._padding_share = 0.0
+        self._staged = None if staged is None else staged[0]
+        self._padding_share = 0.0 if staged is None else staged[1]
+        self._on_device_lost = on_device_lost
 
     def __call__(self, examples: Sequence[Any]) -> BatchReport:
         started = time.perf_counter()
@@ -174,8 +191,14 @@ class _Run:
     def _forward(self, examples: Sequence[Any]) -> list[Any]:
         adapter = self._adapter
         # Only the whole batch was staged; the halves of a failed one are collated anew.
-        collated, self._staged = self._staged, None
-        if collated is None:
+        staged, self._staged = self._staged, None
+        try:
+            if staged is not None:
+                return adapter.split(adapter.forward(staged), len(examples))
             collated = adapter.collate(examples)
             self._padding_share = adapter.padding_share(examples, collated)
-        return adapter.split(adapter.forward(collated), len(examples))
+            return adapter.split(adapter.forward(collated), len(examples))
+        except BaseException as error:
+            if is_device_lost(error):
+                self._on_device_lost()
+            raise

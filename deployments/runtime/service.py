@@ -14,7 +14,8 @@ from typing import Any
 
 from deployments.core.batcher import Batcher
 from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions
-from deployments.core.errors import InternalError, ServingError
+from deployments.core.errors import DeadlinePassed, InternalError, ServingError
+from deployments.core.estimate import BatchTimeModel
 from deployments.core.figures import Figures, MetricsSink, NullSink
 from deployments.core.scheduler import Scheduler
 from deployments.core.submission import Example, Submission
@@ -24,11 +25,15 @@ from deployments.runtime.executor import Hop, ModelExecutor, direct_hop
 
 logger = logging.getLogger(__name__)
 
-INLINE_S = 0.5e-3
-"""Preprocessing up to this long runs on the event loop; a hop to a thread and back costs 0.1 ms."""
+INLINE_S = 1e-3
+"""A request's pre- and postprocessing up to this long (measured at warm-up) runs on the event loop;
+a hop to a thread and back costs 0.1 ms."""
 INLINE_BODY_BYTES = 64 * 1024
 """Items of bigger requests always leave the loop: what was cheap for an example may not be here."""
+CHUNKS_PER_THREAD = 4
+"""Into how many parts a long list is cut for the pool: a cancelled request stops after one."""
 GAUGE_EVERY_S = 1.0
+WARM_UP_TIMEOUT_S = 600.0
 HANG_AFTER_S = 120.0
 """A batch that runs this long is a hung model: check_health fails and Ray replaces the replica."""
 
@@ -70,7 +75,8 @@ class ModelService:
         self._pool = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="preprocess")
         self._card: ModelCard | None = None
         self._batcher: Batcher | None = None
-        self._is_cheap_before = self._is_cheap_after = False
+        self._before_s = self._after_s = float("inf")  # an item, measured at warm-up
+        self._in_flight = 0
         self._gauges: asyncio.Task[None] | None = None
         self._device = "cpu"
 
@@ -101,41 +107,46 @@ class ModelService:
         if not items:
             logger.info("no_warm_up app=%s reason=%s", self._app_name, "the model has no examples()")
             return
-        before_s, after_s = [], []
-        for size in (1, 1, self._limits.max_batch_size, self._limits.max_batch_size):
-            batch = [items[i % len(items)] for i in range(size)]
-            started = time.perf_counter()
-            prepared = [self._prepare(item) for item in batch]
-            before_s.append((time.perf_counter() - started) / size)
-            examples = [p.example for p in prepared if p.example is not None]
-            if len(examples) < size:
-                raise next(p.error for p in prepared if p.error is not None)
-            submission = await self._submit_warm_up(examples)
-            started = time.perf_counter()
-            for outcome in self._outcomes(submission, RequestOptions()):
-                if outcome.error is not None:
-                    raise outcome.error
-            after_s.append((time.perf_counter() - started) / size)
-        self._is_cheap_before = min(before_s) <= INLINE_S
-        self._is_cheap_after = min(after_s) <= INLINE_S
+        scheduler = self.batcher.scheduler
+        full = min(self._limits.max_batch_size, self._limits.max_queue_items)
+        for is_measured in (False, True):
+            scheduler.times = BatchTimeModel()  # first runs (allocations, packing) teach nothing
+            for size in (1, full):
+                await self._warm_up_batch([items[i % len(items)] for i in range(size)])
+            if not is_measured:
+                self._before_s = self._after_s = float("inf")
+        if self._device != "cpu":
+            await self._executor.measure_copy(self._fitting([self._prepare(item) for item in items]))
 
-    async def _submit_warm_up(self, examples: list[Example]) -> Submission:
+    async def _warm_up_batch(self, items: list[Any]) -> None:
+        started = time.perf_counter()
+        prepared = [self._prepare(item) for item in items]
+        self._before_s = min(self._before_s, (time.perf_counter() - started) / len(items))
+        submission = await self.batcher.submit(self._fitting(prepared), timeout_s=WARM_UP_TIMEOUT_S)
+        started = time.perf_counter()
+        outcomes = self._outcomes(submission, RequestOptions())
+        self._after_s = min(self._after_s, (time.perf_counter() - started) / len(outcomes))
+        for error in (*(p.error for p in prepared), *(o.error for o in outcomes)):
+            if error is not None:
+                raise error
+
+    def _fitting(self, prepared: list[Prepared]) -> list[Example]:
+        """As many of the examples as one batch, and the queue, may hold."""
         limit = self.batcher.scheduler.max_batch_cost
+        if self._limits.max_queue_cost is not None:
+            limit = min(limit, self._limits.max_queue_cost)
         fitting: list[Example] = []
         cost = 0.0
-        for example in examples:
+        for example in (p.example for p in prepared if p.example is not None):
             cost += example.cost
             if fitting and cost > limit:
                 break
             fitting.append(example)
-        return await self.batcher.submit(fitting, timeout_s=600.0)
+        return fitting
 
     def drain(self) -> None:
         """New work gets Draining from now on; work in hand is finished."""
         self.batcher.drain()
-
-    async def wait_idle(self) -> None:
-        await self.batcher.wait_idle()
 
     def close(self) -> None:
         """End the threads; call after draining."""
@@ -158,6 +169,8 @@ class ModelService:
         """Raise RuntimeError when a model thread is gone or hangs; reads a heartbeat, runs nothing."""
         if not self._executor.is_alive:
             raise RuntimeError("a model thread has ended")
+        if self._executor.has_lost_device:
+            raise RuntimeError("the device failed and stays failed in this process")
         busy_s = self._executor.busy_for_s()
         if self._batcher is not None and busy_s > HANG_AFTER_S:
             raise RuntimeError(f"a batch has been running for {busy_s:.0f} s")
@@ -166,7 +179,10 @@ class ModelService:
         while True:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
-            self.figures.push_gauges(scheduler.waiting_items, scheduler.waiting_cost, self._limits.slots)
+            try:
+                self.figures.send(scheduler.waiting_items, scheduler.waiting_cost, self._limits.slots)
+            except Exception:  # the loop's outermost edge
+                logger.exception("metrics_failed app=%s", self._app_name)
 
     # -- Service --------------------------------------------------------------------------------------
 
@@ -190,14 +206,24 @@ class ModelService:
     def count_outcome(self, status: int, *, route: str) -> None:
         self.figures.count_request(status, route)
 
+    def check_room(self, items: int) -> None:
+        self.batcher.check_room(items, timeout_s=self._limits.timeout_ms / 1e3)
+
     async def predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
         """See core.contract.Service."""
+        self._in_flight += 1
+        try:
+            return await self._predict(items, options)
+        finally:
+            self._in_flight -= 1
+
+    async def _predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
         arrived = self._clock()
         timeout_ms = self._limits.timeout_ms if options.timeout_ms is None else options.timeout_ms
-        timeout_s = timeout_ms / 1e3
-        self.batcher.reserve(len(items), timeout_s=timeout_s)
+        timeout_s, priority = timeout_ms / 1e3, options.priority
+        self.batcher.reserve(len(items), timeout_s=timeout_s, priority=priority)
         try:
-            prepared = await self._prepare_all(items, options)
+            prepared = await self._prepare_all(items, options, timeout_s)
         except BaseException:  # cancelled: the client left
             self.batcher.scheduler.release(len(items))
             raise
@@ -206,10 +232,7 @@ class ModelService:
             self.batcher.scheduler.release(len(items))
             return Answer([Outcome(error=p.error) for p in prepared])
         submission = await self.batcher.submit(
-            examples,
-            timeout_s=timeout_s - (self._clock() - arrived),
-            priority=options.priority,
-            reserved=len(items),
+            examples, timeout_s=timeout_s, priority=priority, arrived=arrived, reserved=len(items)
         )
         outcomes = await self._finish(submission, options)
         return self._answer(submission, prepared, outcomes, arrived)
@@ -233,19 +256,44 @@ class ModelService:
             merged,
             queue_ms=1e3 * (began - arrived),
             batch_size=submission.batch_items,
-            model_ms=1e3 * submission.batch_s,
+            model_ms=1e3 * submission.model_s,
         )
 
     # -- before and after the batch ---------------------------------------------------------------
 
-    async def _prepare_all(self, items: Sequence[Any], options: RequestOptions) -> list[Prepared]:
-        if self._is_cheap_before and options.body_bytes <= INLINE_BODY_BYTES:
+    def _is_inline(self, seconds_an_item: float, items: int) -> bool:
+        # A model that reads raw media decodes: how long depends on the caller, not on our examples.
+        return seconds_an_item * items <= INLINE_S and not self.card.media_types
+
+    async def _prepare_all(
+        self, items: Sequence[Any], options: RequestOptions, timeout_s: float
+    ) -> list[Prepared]:
+        if options.body_bytes <= INLINE_BODY_BYTES and self._is_inline(self._before_s, len(items)):
             return [self._prepare(item) for item in items]
+        started = time.perf_counter()
+        try:
+            prepared = await asyncio.wait_for(self._prepare_on_pool(items), timeout_s)
+        except asyncio.TimeoutError:
+            raise DeadlinePassed(
+                f"not begun within {1e3 * timeout_s:.0f} ms: allow more time (timeout_ms), or send less"
+            ) from None
+        # What a newcomer's items add to its wait, pool and all; a tenth a time, so it follows slowly.
+        scheduler = self.batcher.scheduler
+        took_s = (time.perf_counter() - started) / max(1, scheduler.reserved_items)
+        scheduler.prepare_item_s += 0.1 * (took_s - scheduler.prepare_item_s)
+        return prepared
+
+    async def _prepare_on_pool(self, items: Sequence[Any]) -> list[Prepared]:
         loop = asyncio.get_running_loop()
-        # One call an item: a list decodes on all cores, and a cancelled request stops the rest.
-        return list(
-            await asyncio.gather(*(loop.run_in_executor(self._pool, self._prepare, i) for i in items))
+        size = max(1, len(items) // (CHUNKS_PER_THREAD * usable_cpus()))
+        parts = [items[i : i + size] for i in range(0, len(items), size)]
+        done = await asyncio.gather(
+            *(loop.run_in_executor(self._pool, self._prepare_part, part) for part in parts)
         )
+        return [prepared for part in done for prepared in part]
+
+    def _prepare_part(self, items: Sequence[Any]) -> list[Prepared]:
+        return [self._prepare(item) for item in items]
 
     def _prepare(self, item: Any) -> Prepared:
         adapter = self._adapter
@@ -259,7 +307,7 @@ class ModelService:
             return Prepared(error=InternalError.of("this item could not be prepared", bug))
 
     async def _finish(self, submission: Submission, options: RequestOptions) -> list[Outcome]:
-        if self._is_cheap_after:
+        if self._is_inline(self._after_s, len(submission.results)):
             return self._outcomes(submission, options)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._outcomes, submission, options)
@@ -292,7 +340,7 @@ class ModelService:
             "state": "draining" if scheduler.is_draining else "ready",
             "device": self._device,
             "uptime_s": round(now - figures.started, 3),
-            "in_flight": self.batcher.in_flight,
+            "in_flight": self._in_flight,
             "queue": {
                 "items": scheduler.waiting_items,
                 "cost": scheduler.waiting_cost,

@@ -80,14 +80,14 @@ class Report:
 
 
 def git_sha() -> str:
-    """The commit measured; with "+" where the tree differs from it (results apart)."""
+    """The commit measured; with "+" where what is served differs from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     sha = git("rev-parse", "--short=12", "HEAD")
-    is_changed = git("status", "--porcelain", "--", ".", ":!docs/benchmarks")
+    is_changed = git("status", "--porcelain", "--", "deployments", "serve_app", "serve.env")
     return f"{sha}{'+' if is_changed else ''}" or "unknown"
 
 

@@ -40,6 +40,12 @@ def application(name: str, model: str, **args: Any) -> dict[str, Any]:
     }
 
 
+def shipped(name: str) -> dict[str, Any]:
+    """The entry of the repository's own config.yaml: what is measured is what users start."""
+    entries = yaml.safe_load((ROOT / "config.yaml").read_text())["applications"]
+    return next(dict(entry) for entry in entries if entry["name"] == name)
+
+
 def plain_application(name: str, import_path: str) -> dict[str, Any]:
     """A Ray Serve application that is none of ours, for comparisons under the same front door."""
     return {"name": name, "route_prefix": f"/{name}", "import_path": import_path}

@@ -103,8 +103,9 @@ def _ceilings(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _peers(results: Mapping[str, Mapping[str, Any]]) -> str:
     ours = {name: results[name]["figures"] for name in ("embed", "overload", "poison") if name in results}
     rows = [
-        "| server | MiniLM texts/s of offline, better of 32 and 64 connections | overload: answered of capacity, sleep x 2 |"
-        " at 0.75 | refusals p50 ms | MiniLM x 2 | innocents failed |",
+        "| server | MiniLM texts/s of offline, better of 32 and 64 connections |"
+        " overload: answered of capacity, sleep x 2 | at 0.75 | refusals p50 ms |"
+        " MiniLM x 2 | innocents failed |",
         "|---|---|---|---|---|---|---|",
     ]
     if len(ours) == 3:

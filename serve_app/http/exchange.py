@@ -9,6 +9,7 @@ machine, routing and JSON included; Starlette's Request and middleware stack wou
 
 import asyncio
 import logging
+import re
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -25,8 +26,11 @@ from serve_app.http.errors import BODY, Dialect, headers_of, status_of
 logger = logging.getLogger(__name__)
 
 JSON_TYPE = b"application/json"
-MAX_REQUEST_ID_BYTES = 128
-"""A longer id (or one with control characters) is replaced: it goes into every log line."""
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+"""Any other id is replaced: it goes into every log line, where a space could forge a field. The same
+stands in serve_app/haproxy_config.py."""
+MAX_DETAIL_CHARS = 16_000
+"""Of a traceback in the log: a model's error may quote its whole input."""
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -35,13 +39,16 @@ encode_json = msgspec.json.Encoder().encode
 class Call:
     """A request's head; the body is still to be read from `receive`.
 
-    headers: lower-case names; of a repeated header the last.
+    headers: lower-case names; of a repeated header the last. held_bytes: of its body, counted by
+    body.py, which has its `at_end` called when the request is over.
     """
 
     scope: Scope
     receive: Receive
     headers: Mapping[bytes, bytes]
     request_id: str
+    held_bytes: int = 0
+    at_end: Callable[["Call"], None] | None = None
 
     def path_param(self, name: str) -> str:
         return str(self.scope["path_params"][name])
@@ -71,12 +78,10 @@ def error_reply(error: ServingError, dialect: Dialect, request_id: str) -> Reply
 
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> str:
-    """The caller's X-Request-Id if it is printable ASCII of sane length, else a new one."""
+    """The caller's X-Request-Id if it is fit for a log line, else a new one."""
     given = headers.get(b"x-request-id")
-    if given and len(given) <= MAX_REQUEST_ID_BYTES:
-        text = given.decode("latin-1")
-        if text.isascii() and text.isprintable():
-            return text
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode()
     return uuid.uuid4().hex
 
 
@@ -90,8 +95,17 @@ def log_failure(error: ServingError, *, route: str, request_id: str) -> None:
         error.type,
         request_id,
         error.message,
-        detail,
+        _shortened(detail),
     )
+
+
+def _shortened(detail: str) -> str:
+    """At most MAX_DETAIL_CHARS of it, the middle left out: what was raised stands at the end."""
+    if len(detail) <= MAX_DETAIL_CHARS:
+        return detail
+    head, tail = MAX_DETAIL_CHARS // 4, MAX_DETAIL_CHARS * 3 // 4 - 60
+    left_out = len(detail) - head - tail
+    return f"{detail[:head]}\n... {left_out} characters left out ...\n{detail[-tail:]}"
 
 
 def _traceback_of(error: BaseException) -> str:
@@ -133,6 +147,7 @@ class Endpoint:
             reply = await handler(call)
         except (asyncio.CancelledError, ClientLeft) as left:
             self._count(499, route=self._route)
+            logger.info("event=client_left route=%s request_id=%s", self._route, call.request_id)
             if isinstance(left, ClientLeft):
                 return
             raise
@@ -141,6 +156,9 @@ class Endpoint:
         except Exception as bug:
             hidden = InternalError.of("something went wrong on our side; the log knows the request id", bug)
             reply = self._failed(hidden, call.request_id)
+        finally:
+            if call.at_end is not None:
+                call.at_end(call)
         self._count(reply.status, route=self._route)
         await self._send(reply, call, send)
 

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from deployments.core.contract import Answer, Outcome, RequestOptions, Service
-from deployments.core.errors import MalformedRequest, ModelBroken, RequestTooLarge, ServingError
+from deployments.core.errors import MalformedRequest, ModelBroken, ServingError
 from serve_app.http.body import read_body
 from serve_app.http.errors import headers_of, native_body, status_of
 from serve_app.http.exchange import JSON_TYPE, Call, Reply, encode_json, log_failure
-from serve_app.http.jsonio import Shape, decode
+from serve_app.http.jsonio import GC_OFF_FROM_BYTES, Item, Shape, decode, decode_counted, too_many_items
 from serve_app.http.media import FORM_MEDIA, JSON_MEDIA, parse_content_type, read_form, unsupported
 from serve_app.http.options import checked_priority, checked_timeout, request_options
 
@@ -29,6 +29,10 @@ class Parameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class PredictRequest(msgspec.Struct, forbid_unknown_fields=True):
     inputs: list[Any]
     parameters: Parameters = Parameters()
+
+
+class BigPredictRequest(PredictRequest, forbid_unknown_fields=True):
+    inputs: list[Item]
 
 
 _REQUEST = msgspec.json.Decoder(PredictRequest)
@@ -48,9 +52,9 @@ class Native:
 
     async def predict(self, call: Call) -> Reply:
         limits = self._service.limits  # read anew: user_config changes them in place
-        body = await read_body(call.receive, call.headers, limits.max_body_bytes)
+        body = await read_body(call, self._service)
         if call.headers.get(b"content-type") == JSON_TYPE:
-            request = decode(_REQUEST, _REQUEST_SHAPE, body)
+            request = _read_json(body, limits.max_items_per_request)
         else:
             request = self._read_other(call, body)
         _check_count(request.inputs, limits.max_items_per_request)
@@ -60,7 +64,7 @@ class Native:
     def _read_other(self, call: Call, body: bytes) -> PredictRequest:
         content_type = parse_content_type(call.headers.get(b"content-type"))
         if content_type.media == JSON_MEDIA:
-            return decode(_REQUEST, _REQUEST_SHAPE, body)
+            return _read_json(body, self._service.limits.max_items_per_request)
         if content_type.media in self._media_types:
             if not body:
                 raise MalformedRequest("the body is empty")
@@ -75,18 +79,17 @@ class Native:
         raise unsupported(content_type.media, self._accepted)
 
 
+def _read_json(body: bytes, max_items: int) -> PredictRequest:
+    if len(body) < GC_OFF_FROM_BYTES:
+        return decode(_REQUEST, _REQUEST_SHAPE, body)
+    return decode_counted(BigPredictRequest, _REQUEST_SHAPE, body, limit=max_items, param="inputs")
+
+
 def _check_count(items: Sequence[Any], limit: int) -> None:
     if not items:
         raise MalformedRequest("`inputs` is empty; send at least one item", param="inputs")
     if len(items) > limit:
         raise too_many_items(len(items), limit, param="inputs")
-
-
-def too_many_items(count: int, limit: int, *, param: str) -> RequestTooLarge:
-    return RequestTooLarge(
-        f"{count} items are over max_items_per_request, {limit}; send fewer in one request",
-        param=param,
-    )
 
 
 def _options(call: Call, parameters: Parameters, body_bytes: int) -> RequestOptions:

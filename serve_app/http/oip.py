@@ -85,7 +85,7 @@ class OpenInference:
         media = parse_content_type(call.headers.get(b"content-type")).media
         if media not in (JSON_MEDIA, BINARY_MEDIA):
             raise unsupported(media, (JSON_MEDIA, BINARY_MEDIA))
-        body = await read_body(call.receive, call.headers, self._service.limits.max_body_bytes)
+        body = await read_body(call, self._service)
         head, tail = divided(body, call.headers.get(HEADER_LENGTH))
         request = read_request(head)
         wanted = wanted_outputs(request, self._outputs)

@@ -12,9 +12,10 @@ import msgspec
 
 from deployments.core.contract import Answer, ModelCard, TensorSpec
 from deployments.core.errors import CallerError, MalformedRequest, ModelBroken, ServingError
+from serve_app.http.body import is_size
 from serve_app.http.exchange import Reply, encode_json
-from serve_app.http.jsonio import Shape, decode
-from serve_app.http.native import server_timing, too_many_items
+from serve_app.http.jsonio import Shape, decode, too_many_items
+from serve_app.http.native import server_timing
 from serve_app.http.tensors import (
     MAX_RANK,
     Header,
@@ -154,7 +155,7 @@ def divided(body: bytes, header_length: bytes | None) -> tuple[bytes, memoryview
     """The JSON head and the binary tail of a body; without the length all is head."""
     if header_length is None:
         return body, memoryview(b"")
-    if not header_length.isdigit() or int(header_length[:20]) > len(body):
+    if not is_size(header_length) or int(header_length) > len(body):
         raise MalformedRequest(
             "Inference-Header-Content-Length must be the size of the JSON at the body's start",
             param="Inference-Header-Content-Length",
@@ -191,11 +192,21 @@ def raise_first_error(answer: Answer) -> None:
 
 
 def _placed(error: ServingError, index: int, count: int) -> ServingError:
-    if error.param is None:
-        error.param = f"inputs[{index}]"
-    if count > 1 and isinstance(error, CallerError):
-        error.message = f"item {index}: {error.message}"
-    return error
+    """A copy with the item's place: one error object may stand for items of several requests."""
+    placed = _copied(error)
+    if placed.param is None:
+        placed.param = f"inputs[{index}]"
+    if count > 1 and isinstance(placed, CallerError):
+        placed.message = f"item {index}: {placed.message}"
+    return placed
+
+
+def _copied(error: ServingError) -> ServingError:
+    """Without the constructor, which may take anything in a user's subclass (copy.copy calls it)."""
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    twin.__cause__ = error.__cause__
+    return twin
 
 
 def response_outputs(answer: Answer, wanted: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Output]:

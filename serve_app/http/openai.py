@@ -14,9 +14,9 @@ from deployments.core.contract import Answer, Service
 from deployments.core.errors import MalformedRequest, ModelBroken, NoSuchRoute
 from serve_app.http.body import read_body
 from serve_app.http.exchange import Call, Handler, Reply, encode_json, json_reply
-from serve_app.http.jsonio import Shape, decode
+from serve_app.http.jsonio import GC_OFF_FROM_BYTES, Item, Shape, decode, decode_counted, too_many_items
 from serve_app.http.media import JSON_MEDIA, parse_content_type, unsupported
-from serve_app.http.native import server_timing, too_many_items, warning_list
+from serve_app.http.native import server_timing, warning_list
 from serve_app.http.oip_messages import raise_first_error
 from serve_app.http.options import request_options
 
@@ -31,8 +31,18 @@ class EmbeddingRequest(msgspec.Struct, forbid_unknown_fields=True):
     user: str | None = None
 
 
+class BigEmbeddingRequest(EmbeddingRequest, forbid_unknown_fields=True):
+    input: list[Item] | str
+
+
 _REQUEST = msgspec.json.Decoder(EmbeddingRequest)
 _REQUEST_SHAPE = Shape(EmbeddingRequest)
+
+
+def _read_request(body: bytes, max_items: int) -> EmbeddingRequest:
+    if len(body) < GC_OFF_FROM_BYTES:
+        return decode(_REQUEST, _REQUEST_SHAPE, body)
+    return decode_counted(BigEmbeddingRequest, _REQUEST_SHAPE, body, limit=max_items, param="input")
 
 
 class OpenAI:
@@ -62,8 +72,8 @@ class OpenAI:
         media = parse_content_type(call.headers.get(b"content-type")).media
         if media != JSON_MEDIA:
             raise unsupported(media, (JSON_MEDIA,))
-        body = await read_body(call.receive, call.headers, self._service.limits.max_body_bytes)
-        request = decode(_REQUEST, _REQUEST_SHAPE, body)
+        body = await read_body(call, self._service)
+        request = _read_request(body, self._service.limits.max_items_per_request)
         self._check_model(request.model)
         self._check_formats(request)
         options = request_options(call, timeout_ms=None, priority=0, body_bytes=len(body), as_tensors=True)

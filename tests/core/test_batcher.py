@@ -166,7 +166,7 @@ async def test_a_request_of_only_too_big_items_is_answered() -> None:
     batcher, _ = make(Limits(max_batch_cost=10.0))
     submission = await batcher.submit([Example("big", cost=11.0)], timeout_s=9.0)
     assert isinstance(outputs(submission)[0], InvalidItem)
-    assert batcher.in_flight == 0
+    assert batcher.scheduler.waiting_items == 0
 
 
 @virtual
@@ -206,7 +206,7 @@ async def test_a_cancelled_item_leaves_the_queue() -> None:
     gone.cancel()
     await asyncio.gather(first, stays)
     assert executor.batches == [["first"], ["stays"]]
-    assert batcher.in_flight == batcher.scheduler.waiting_items == 0
+    assert batcher.scheduler.waiting_items == 0
 
 
 @virtual
@@ -245,7 +245,6 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest() -> Non
     batcher.drain()
     with pytest.raises(Draining):
         await ask(batcher, "new")
-    await batcher.wait_idle()
     assert await asyncio.gather(*accepted) == [[0], [1], [2]]
 
 
@@ -301,3 +300,59 @@ async def test_a_batch_is_staged_shortly_before_its_slot_is_free_and_can_still_b
     await asyncio.gather(running, stays)
     assert executor.batches[-1] == ["stays"]
     assert executor.unstaged == 1
+
+
+@virtual
+async def test_items_being_preprocessed_count_against_the_queue() -> None:
+    batcher, _ = make(Limits(max_batch_size=1, max_queue_items=8))
+    for _ in range(8):
+        batcher.reserve(1, timeout_s=30.0)
+    with pytest.raises(Overloaded):
+        batcher.reserve(1, timeout_s=30.0)
+    batcher.scheduler.release(8)
+    batcher.reserve(8, timeout_s=30.0)
+
+
+@virtual
+async def test_figures_that_raise_do_not_hold_up_the_answers() -> None:
+    class Raises:
+        def on_batch(self, batch: Batch, report: BatchReport, queue_waits_s: object) -> None:
+            raise RuntimeError
+
+    batcher, _ = make(Limits())
+    batcher.observer = Raises()
+    assert await ask(batcher, "a") == ["a"]
+
+
+@virtual
+async def test_ended_requests_with_long_deadlines_are_forgotten() -> None:
+    batcher, _ = make(Limits(max_batch_size=64))
+    last = asyncio.ensure_future(ask(batcher, "waits", timeout_s=1e6))
+    for _ in range(40):
+        await asyncio.gather(*(ask(batcher, i, timeout_s=86_400.0) for i in range(50)))
+    await last
+    assert len(batcher.scheduler._deadlines) < 300
+
+
+@virtual
+async def test_high_priority_is_let_in_by_what_is_ahead_of_it() -> None:
+    batcher, executor = make(Limits(max_batch_size=1, max_queue_s=0.35))
+    await ask(batcher, "measure")
+    low = [asyncio.ensure_future(ask(batcher, i, priority=5)) for i in range(4)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await ask(batcher, "low", priority=5)
+    assert await ask(batcher, "high", priority=-5) == ["high"]
+    await asyncio.gather(*low)
+    assert executor.batches[2] == ["high"]
+
+
+@virtual
+async def test_a_failed_batch_gives_each_caller_an_error_of_its_own() -> None:
+    class Broken(EchoExecutor):
+        async def execute(self, batch: Batch, on_begins: Begins, on_done: Done) -> BatchReport:
+            raise RuntimeError("no")
+
+    batcher, _ = make(Limits(), Broken())
+    a, b = await ask(batcher, 1, 2)
+    assert a is not b

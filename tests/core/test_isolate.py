@@ -66,3 +66,17 @@ def test_messages_hold_no_text_of_the_exception() -> None:
     (result,) = isolate(run, [1]).results
     assert result.error is not None
     assert "secret" not in result.error.message
+
+
+def test_an_exception_that_can_not_be_printed_takes_nobody_along() -> None:
+    class Mute(RuntimeError):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def run(batch: Sequence[int]) -> list[int]:
+        if 2 in batch:
+            raise Mute
+        return list(batch)
+
+    report = run_isolated(run, range(4), is_out_of_memory=lambda e: "memory" in str(e))
+    assert [r.output for r in report.results if r.error is None] == [0, 1, 3]

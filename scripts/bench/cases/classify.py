@@ -5,16 +5,15 @@ from typing import Any
 from scripts.bench import inputs, offline
 from scripts.bench.report import Report, least
 from scripts.bench.saturate import steady
-from scripts.bench.server import Server, application
+from scripts.bench.server import Server, shipped
 from scripts.bench.turns import Turns
 
 CONNECTIONS = (32, 64)
-MODEL = "deployments.models.efficientnet:EfficientNetLite0"
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, slice_s = (1, 3.0) if is_short else (10, 4.0)
-    config = application("classify", MODEL, max_batch_size=16)
+    rounds, slice_s = (1, 3.0) if is_short else (8, 4.0)
+    config = shipped("classify")
     images = inputs.jpegs()
     details: dict[str, Any] = {}
     with (

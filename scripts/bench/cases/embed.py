@@ -11,16 +11,15 @@ from scripts.bench.endpoint import Endpoint, ours
 from scripts.bench.processes import CpuMeter
 from scripts.bench.report import Report, least
 from scripts.bench.saturate import steady
-from scripts.bench.server import Server, application
+from scripts.bench.server import Server, shipped
 from scripts.bench.turns import Turns
 
 CONNECTIONS = (32, 64)
-MODEL = "deployments.models.minilm:MiniLM"
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, slice_s = (1, 3.0) if is_short else (10, 5.0)
-    config = application("embed", MODEL, max_batch_size=32)
+    rounds, slice_s = (1, 3.0) if is_short else (8, 5.0)
+    config = shipped("embed")
     endpoint = ours("embed")
     bodies = [endpoint.body(text) for text in inputs.texts()]
     details: dict[str, Any] = {}
@@ -34,7 +33,7 @@ def run(*, is_short: bool) -> Report:
             before, meter = server.stats("embed")["totals"], CpuMeter(server.tree)
             meter.start()
             got = steady(server.port, endpoint.path, bodies, connections=connections, duration_s=slice_s)
-            cpu_s, by_name, wall_s = meter.stop()
+            cpu_s, by_name, _ = meter.stop()
             totals = server.stats("embed")["totals"]
             done = {name: totals[name] - before[name] for name in ("items", "batches", "busy_s", "refused")}
             details[f"c{connections}"] = {

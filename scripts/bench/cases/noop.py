@@ -18,7 +18,7 @@ PATHS = {"noop": "/noop/predict", "tensor_noop": "/tensor/predict", "echo": "/ec
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, duration_s = (1, 2.0) if is_short else (5, 6.0)
+    rounds, duration_s = (1, 2.0) if is_short else (7, 5.0)
     applications = [
         application("noop", "scripts.bench.models:Noop"),
         application("tensor", "scripts.bench.models:TensorNoop"),
@@ -65,6 +65,14 @@ def run(*, is_short: bool) -> Report:
         | {"cpu_s_by_process": runs[-1]["cpu_s_by_process"]}
         for name, runs in found.items()
     }
+    for name in ("noop", "tensor_noop"):
+        figures[name]["cpu_of_echo"] = round(
+            median(
+                run["cpu_ms_per_request"] / echo["cpu_ms_per_request"]
+                for run, echo in zip(found[name], found["echo"], strict=True)
+            ),
+            3,
+        )
     figures["idle_cores"] = round(idle_cores, 4)
     return Report(
         "noop",

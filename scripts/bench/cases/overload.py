@@ -13,7 +13,7 @@ from scripts.bench.endpoint import Endpoint, ours
 from scripts.bench.loads import PATIENCE_S, Offer, impatient
 from scripts.bench.report import Report, least, most, say
 from scripts.bench.saturate import steady
-from scripts.bench.server import Server, application
+from scripts.bench.server import Server, application, shipped
 
 BATCH, BATCH_MS = 8, 100.0
 FORGET_S = 4.0
@@ -25,7 +25,7 @@ def run(*, is_short: bool) -> Report:
     sleep = application(
         "sleep", "scripts.bench.models:Sleep", model_args={"base_ms": BATCH_MS}, max_batch_size=BATCH
     )
-    embed = application("embed", "deployments.models.minilm:MiniLM", max_batch_size=32)
+    embed = shipped("embed")
     with Server(sleep) as server:
         figures: dict[str, Any] = {"sleep": sleeping(server.port, ours("sleep"), is_short=is_short)}
     with Server(embed) as server:
