@@ -8,7 +8,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from deployments.core.batcher import BatchReport
 from deployments.core.figures import Moment
-from deployments.core.scheduler import Batch
+from deployments.core.submission import Batch
 
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 POWERS = [2.0**i for i in range(11)]

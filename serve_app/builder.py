@@ -13,14 +13,11 @@ from ray.serve import Application
 from deployments.core.contract import Limits
 from deployments.dynamic_batching import DynamicBatching, ModelSpec
 from deployments.runtime.model_class import check_class, load_class
-from serve_app.config import DynamicArgs, ModelUserConfig
+from serve_app.config import DynamicArgs, ModelUserConfig, let_in
 from serve_app.http.app import make_app
 
 DEPLOYMENT = "model"
 """Every application's model deployment has this name (CONTRACT)."""
-HEADROOM = 512
-"""Requests that Ray lets in above our own bound, so that it is we who answer 503, at once and with
-an honest Retry-After; beyond it Ray's own queue holds them."""
 
 
 def dynamic(args: DynamicArgs) -> Application:
@@ -28,11 +25,10 @@ def dynamic(args: DynamicArgs) -> Application:
     check_class(load_class(args.model), args.model_args)  # here, not in the replica: seconds earlier
     limits = args.limits()
     spec = ModelSpec(args.model, args.model_args, args.safety)
-    in_service = limits.slots * limits.max_batch_size
     deployment = serve.deployment(
         DynamicBatching,
         name=DEPLOYMENT,
-        max_ongoing_requests=limits.max_queue_items + in_service + HEADROOM,
+        max_ongoing_requests=let_in(limits),
         health_check_period_s=5,
     )
     return deployment.bind(spec, limits, make_app, change_limits)

@@ -37,6 +37,9 @@ QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, 
 
 _MODEL = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", re.ASCII)
 _DEFAULTS = Limits()
+HEADROOM = 512
+"""Requests that Ray lets in above our own bound, so that it is we who answer 503, at once and with
+an honest Retry-After; beyond it Ray's own queue holds them."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -100,6 +103,15 @@ class DynamicArgs(_Checked):
         return value
 
     @model_validator(mode="after")
+    def _has_slots_for_its_safety(self) -> "DynamicArgs":
+        if self.safety in ("exclusive", "processes") and self.slots > 1:
+            raise ValueError(
+                f"slots: safety={self.safety} allows one slot in a replica, not {self.slots}; set slots: 1 "
+                f"and num_replicas: {self.slots} in the deployment, or safety: pool"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_queue(self) -> "DynamicArgs":
         _require_fit(self.limits(), self.model_fields_set)
         return self
@@ -154,6 +166,7 @@ class ModelUserConfig(_Checked):
             changes["max_items_per_request"] = min(limits.max_items_per_request, changes["max_queue_items"])
         changed = replace(limits, **changes)
         _require_fit(changed, set(changes))
+        _require_door(changed, limits)
         return changed
 
 
@@ -164,6 +177,29 @@ def _require_fit(limits: Limits, given: set[str]) -> None:
             f"{at_fault}: a request of max_items_per_request={limits.max_items_per_request} items "
             f"could never fit max_queue_items={limits.max_queue_items}; make the first at most "
             "the second"
+        )
+    queue, batch = limits.max_queue_cost, limits.max_batch_cost
+    if queue is not None and batch is not None and queue < batch:
+        at_fault = "max_queue_cost" if "max_queue_cost" in given else "max_batch_cost"
+        raise ValueError(
+            f"{at_fault}: a queue of max_queue_cost={queue:g} could never fill a batch of "
+            f"max_batch_cost={batch:g}; make the first at least the second"
+        )
+
+
+def let_in(limits: Limits) -> int:
+    """Requests that Ray is told to let into a replica (`max_ongoing_requests`), fixed at build."""
+    return limits.max_queue_items + limits.slots * limits.max_batch_size + HEADROOM
+
+
+def _require_door(changed: Limits, base: Limits) -> None:
+    """Beyond what Ray lets in, a longer queue would never fill: Ray's own would, without our 503."""
+    wanted = changed.max_queue_items + changed.slots * changed.max_batch_size
+    if wanted > let_in(base):
+        most = let_in(base) - changed.slots * changed.max_batch_size
+        raise ValueError(
+            f"max_queue_items: {changed.max_queue_items} in user_config is more than the replica lets in; "
+            f"at most {most} here, or raise max_queue_items in `args` (a restart)"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from deployments.core.contract import Limits
 from serve_app.config import DynamicArgs, ModelUserConfig, nearest, problems_of
 
 
@@ -154,6 +155,7 @@ class _Check:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problems: list[str] = []
+        self.limits: Limits | None = None  # of the application being checked, where its args are right
 
     def note(self, where: str, text: str) -> None:
         self.problems.append(f"{where}: {text}" if where else text)
@@ -224,6 +226,7 @@ class _Check:
         module, _, attribute = import_path.replace(":", ".").rpartition(".")
         is_ours = module == OUR_BUILDERS
         model = None
+        self.limits = None
         if is_ours:
             model = self.ours(app, attribute, where)
         self.keys(app.get("logging_config"), LOGGING_KEYS, f"{where}, logging_config")
@@ -259,7 +262,7 @@ class _Check:
         model = args.get("model")
         wrong: list[tuple[str, str]] = []
         try:
-            DynamicArgs.model_validate(dict(args))
+            self.limits = DynamicArgs.model_validate(dict(args)).limits()
         except ValidationError as error:
             wrong = problems_of(error)
         for key, message in wrong:
@@ -336,11 +339,15 @@ class _Check:
         if user_config is None:
             return
         try:
-            ModelUserConfig.model_validate(user_config)
+            changes = ModelUserConfig.model_validate(user_config)
+            if self.limits is not None:
+                changes.apply(self.limits)
         except ValidationError as error:
             for key, message in problems_of(error):
                 text = message if message.startswith("unknown key") or not key else f"{key}: {message}"
                 self.note(f"{where}, user_config", text)
+        except ValueError as error:  # each is right, but not beside `args`
+            self.note(f"{where}, user_config", str(error))
 
 
 def _is_int(value: Any) -> bool:

@@ -6,6 +6,7 @@ in a session of its own, and when that ends, however it ends, ends what is left 
 
 import argparse
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -146,16 +147,17 @@ def _run(plan: Plan, run_dir: RunDir, block: PortBlock) -> int:
     signals: list[float] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signals.append(time.monotonic()))
+    mark = secrets.token_hex(16)
     # Both go away with this process; the session number outlives it.
     child = subprocess.Popen(
         [sys.executable, "-m", "serve_app.server", str(plan_file)],
-        env=_child_environment(run_dir, block),
+        env=_child_environment(run_dir, block, mark),
         start_new_session=True,
         stdin=subprocess.DEVNULL,
     )
-    record = run_dir.write_record(child.pid)
+    record = run_dir.write_record(child.pid, mark)
     passed_on = 0
-    while (status := child.poll()) is None:
+    while not _has_ended(child.pid):
         time.sleep(_POLL_S)
         if len(signals) > passed_on:
             passed_on += 1
@@ -164,8 +166,8 @@ def _run(plan: Plan, run_dir: RunDir, block: PortBlock) -> int:
             processes.send(child.pid, signal.SIGTERM)
         if signals and time.monotonic() - signals[0] > plan.grace_s + _END_S:
             break
-    left = processes.end_session(record.server, record.server_ticks, term_s=0)
-    child.wait()
+    left = processes.end_session(record.server, record.server_ticks, mark, term_s=0)
+    status = child.wait()
     if left:
         print(f"brimful: these processes don't end: {', '.join(left)}", file=sys.stderr)
         return 1
@@ -178,7 +180,15 @@ def _run(plan: Plan, run_dir: RunDir, block: PortBlock) -> int:
     return 1
 
 
-def _child_environment(run_dir: RunDir, block: PortBlock) -> dict[str, str]:
+def _has_ended(pid: int) -> bool:
+    """Without taking its exit status: as a zombie it keeps its pid, and so the session number, ours."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # started with SIGCHLD ignored: the kernel has taken the status already
+        return True
+
+
+def _child_environment(run_dir: RunDir, block: PortBlock, mark: str) -> dict[str, str]:
     """The server's environment: ours, free ports, and HAProxy's files in the run folder."""
     environ = dict(os.environ)
     block.export(environ)
@@ -191,6 +201,9 @@ def _child_environment(run_dir: RunDir, block: PortBlock) -> dict[str, str]:
         RAY_SERVE_HAPROXY_SERVER_STATE_BASE=str(folder),
         RAY_SERVE_HAPROXY_SERVER_STATE_FILE=str(folder / "server-state"),
         BRIMFUL_PYTHON=sys.executable,
+        **{processes.MARK: mark},
+        # Ray's dashboard and agents would write their titles over their environment, the mark included.
+        SPT_NOENV="1",
         PYTHONUNBUFFERED="1",
     )
     # The user's own model lies where the server is started; Ray's workers get the driver's folder.

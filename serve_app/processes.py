@@ -2,8 +2,10 @@
 
 A server is one Unix session: the launcher starts it with `setsid`, and neither Ray's processes nor
 HAProxy ever leave it (Ray makes process groups, not sessions). A session number is not given to
-anyone else while a member lives, so "session N, whose leader started at T or is gone" names
-exactly our processes, orphans included, and never a stranger's. Must not know: Ray, HTTP.
+anyone else while a member lives (not even a zombie); once all are gone it may be a stranger's. So a
+session is ours where its leader is still the recorded one, or where a member's environment has the
+server's random mark: then the session has lived on since, and all its members are ours, those without
+an environment of their own included. Must not know: Ray, HTTP.
 """
 
 import os
@@ -12,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+MARK = "BRIMFUL_SERVER"
+"""Variable in the environment of all of a server's processes: a random name for it."""
 _POLL_S = 0.02
 
 
@@ -54,18 +58,39 @@ def session_members(session: int) -> list[Process]:
     return members
 
 
-def is_ours(session: int, start_ticks: int) -> bool:
-    """False where the session number has gone to another leader since it was recorded."""
+def boot_id() -> str:
+    """Of this boot: pids and start ticks mean nothing in another (random(4))."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def has_mark(pid: int, mark: str) -> bool:
+    """Whether the process was started with `MARK=mark` in its environment."""
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+    return f"{MARK}={mark}".encode() in environ.split(b"\0")
+
+
+def is_ours(session: int, start_ticks: int, mark: str) -> bool:
+    """False where the session is empty, or its number has gone to someone else since."""
     leader = read(session)
-    return leader is None or leader.start_ticks == start_ticks
+    if leader is not None:
+        return leader.start_ticks == start_ticks
+    return any(has_mark(process.pid, mark) for process in session_members(session))
 
 
-def end_session(session: int, start_ticks: int, *, term_s: float, kill_s: float = 2.0) -> list[str]:
+def end_session(
+    session: int, start_ticks: int, mark: str, *, term_s: float, kill_s: float = 2.0
+) -> list[str]:
     """End all processes of a recorded session: SIGTERM, then SIGKILL after `term_s`.
 
     Returns the names of those still alive after `kill_s` more: empty is success.
     """
-    if not is_ours(session, start_ticks):
+    if not is_ours(session, start_ticks, mark):
         return []
     for number, wait_s in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
         if wait_s <= 0:

@@ -35,6 +35,8 @@ class Record:
     launcher: int
     server: int  # the session's leader
     server_ticks: int
+    mark: str  # see processes.py
+    boot_id: str
 
 
 class RunDir:
@@ -66,9 +68,9 @@ class RunDir:
         """
         ended: list[str] = []
         record = self._read_record()
-        if record is not None and processes.is_ours(record.server, record.server_ticks):
+        if record is not None and _is_alive(record):
             ended = sorted({p.name for p in processes.session_members(record.server)})
-            left = processes.end_session(record.server, record.server_ticks, term_s=0)
+            left = processes.end_session(record.server, record.server_ticks, record.mark, term_s=0)
             if left:
                 raise RunDirError(f"an earlier server's processes don't end: {', '.join(left)}")
         for child in self.path.iterdir():
@@ -76,9 +78,10 @@ class RunDir:
                 _remove(child)
         return ended
 
-    def write_record(self, server: int) -> Record:
+    def write_record(self, server: int, mark: str) -> Record:
         leader = processes.read(server)
-        record = Record(os.getpid(), server, leader.start_ticks if leader else 0)
+        ticks = leader.start_ticks if leader else 0
+        record = Record(os.getpid(), server, ticks, mark, processes.boot_id())
         partial = self.path / (_RECORD + ".new")
         partial.write_text(json.dumps(asdict(record)))
         partial.rename(self.path / _RECORD)
@@ -97,6 +100,11 @@ class RunDir:
         for sockets in self.ray.glob("session_*/sockets"):
             _remove(sockets)
         self._lock.close()
+
+
+def _is_alive(record: Record) -> bool:
+    same_boot = record.boot_id == processes.boot_id()
+    return same_boot and processes.is_ours(record.server, record.server_ticks, record.mark)
 
 
 def _base() -> Path:

@@ -64,6 +64,8 @@ class FakeService:
         self.calls: list[tuple[list[Any], RequestOptions]] = []
         self.counted: list[tuple[int, str]] = []
         self.hung = asyncio.Event()
+        self.asked: list[int] = []
+        self.has_room = True
 
     @property
     def card(self) -> ModelCard:
@@ -81,6 +83,11 @@ class FakeService:
 
     def count_outcome(self, status: int, *, route: str) -> None:
         self.counted.append((status, route))
+
+    def check_room(self, items: int) -> None:
+        self.asked.append(items)
+        if not self.has_room:
+            raise errors.Overloaded("no room within the allowed wait", retry_after_s=3)
 
     async def predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
         self.calls.append((list(items), options))

@@ -1,6 +1,9 @@
 """Any class becomes a model: defaults are filled in, and what the class breaks is named."""
 
+import subprocess
 import sys
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed
+from deployments.core.errors import InternalError, InvalidItem, ModelBroken, ModelFailed
 from deployments.runtime.adapter import Adapter, ModelClassError, is_out_of_memory, load_class
+from deployments.runtime.device import Stager, choose_device, is_device_lost
+from deployments.runtime.model_thread import ModelThread
 
 
 class Plain:
@@ -67,8 +72,10 @@ def test_a_class_with_load_and_forward_alone_serves_lists_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "item", [None, True, "x", b"raw", {}, [True], ["a"], [None], [[1], [1, 2]], [1e39], [10**400]]
-)
+    "item",
+    [None, True, "x", b"raw", {}, [True], ["a"], [None], [[1], [1, 2]], [1e39], [10**400],
+     [1, True], [[1.0, 2.0], [3.0, False]]],
+)  # fmt: skip
 def test_what_is_no_number_is_refused(item: Any) -> None:
     assert refusal(loaded(Plain), item)
 
@@ -241,7 +248,20 @@ def test_v2_gets_what_postprocess_made() -> None:
         def postprocess(self, output: Any) -> str:
             return "big" if output > 1 else "small"
 
-    assert loaded(Labels).to_tensors(torch.tensor(3)) == {"label": ["big"]}
+    assert loaded(Labels).to_tensors(torch.tensor(3)) == {"label": "big"}
+
+
+@pytest.mark.parametrize("value", ["big", ["big"], np.array("big"), np.array(["big"])])
+def test_one_string_an_item_has_no_dimension_of_its_own_in_v2(value: Any) -> None:
+    class Labels(Plain):
+        outputs = [("label", "BYTES", [-1])]
+
+    class Wide(Plain):
+        outputs = [("label", "BYTES", [-1, 1])]
+
+    assert loaded(Labels).to_tensors(value) == {"label": "big"}
+    assert loaded(Wide).to_tensors(value) == {"label": ["big"]}
+    assert loaded(Labels).to_tensors([b"a", b"b"]) == {"label": [b"a", b"b"]}
 
 
 def class_of(**methods: Any) -> type:
@@ -308,3 +328,229 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
     wrapped = RuntimeError("failed")
     wrapped.__cause__ = MemoryError()
     assert is_out_of_memory(wrapped)
+
+
+def test_numpy_scalars_of_v2_reach_a_users_preprocess_as_numbers() -> None:
+    seen: list[Any] = []
+
+    class Own(Plain):
+        def preprocess(self, item: Any) -> Any:
+            seen.append(item)
+            return torch.zeros(1)
+
+    for item in (np.float32(1.5), {"a": np.int64(3)}, [np.bool_(True)], np.array("text")):
+        loaded(Own).preprocess(item)
+    assert seen == [1.5, {"a": 3}, [True], "text"]
+    assert [type(seen[0]), type(seen[1]["a"]), type(seen[2][0])] == [float, int, bool]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [torch.ones(2), np.ones(2), b"raw", {1, 2}, float("nan"), "\ud800"],
+    ids=lambda item: type(item).__name__,
+)
+def test_examples_that_are_no_json_stop_the_load(item: Any) -> None:
+    class Bad(Plain):
+        def preprocess(self, item: Any) -> Any:
+            return torch.zeros(2)
+
+        def examples(self) -> Any:
+            return [[1.0, 2.0], item]
+
+    with pytest.raises(ModelClassError, match=r"Bad.examples\(\)\[1\] must be a JSON value"):
+        loaded(Bad)
+
+
+def test_a_schema_that_is_no_json_stops_the_load() -> None:
+    class Bad(Plain):
+        output_schema = {"maximum": np.float32(1)}
+
+    with pytest.raises(ModelClassError, match=r"Bad\.output_schema must be a JSON value"):
+        loaded(Bad).card("bad")
+
+
+def test_examples_are_what_json_makes_of_them_and_are_made_once() -> None:
+    made: list[int] = []
+
+    class Own(Plain):
+        def examples(self) -> Any:
+            made.append(1)
+            return ((1, 2), (3, 4))
+
+    adapter = loaded(Own)
+    assert adapter.examples() == [[1, 2], [3, 4]]
+    assert adapter.card("own").examples == ([1, 2], [3, 4])
+    assert made == [1]
+
+
+@pytest.mark.parametrize("shape", [[-1], [-1, -1], [-1, 2, 3], [-1, 0]])
+def test_an_embedding_without_a_fixed_length_stops_the_load(shape: list[int]) -> None:
+    class Bad(Plain):
+        embeds = True
+        outputs = [("vector", "FP32", shape)]
+
+    with pytest.raises(ModelClassError, match=r'outputs = \[\("vector", "FP32", \[-1, 384\]\)\]'):
+        loaded(Bad)
+
+
+def test_an_embedding_may_learn_its_length_at_load() -> None:
+    class Own(Plain):
+        embeds = True
+
+        def load(self, device: str) -> None:
+            self.outputs = [("vector", "FP32", [-1, 8])]
+
+    assert loaded(Own).card("own").embeds
+
+
+@pytest.mark.parametrize("cost", [np.prod((3, 4)), np.float32(12), Fraction(12), 12])
+def test_a_cost_may_be_any_real_number(cost: Any) -> None:
+    class Own(Plain):
+        def cost(self, example: Any) -> Any:
+            return cost
+
+    Own.max_batch_cost = cost * 2  # type: ignore[attr-defined]
+
+    assert loaded(Own).cost(1) == 12.0
+    assert type(loaded(Own).cost(1)) is float
+    assert loaded(Own).max_batch_cost == 24
+
+
+def test_what_only_an_instance_knows_is_read_after_load() -> None:
+    class Own(Plain):
+        @property
+        def max_batch_cost(self) -> int:
+            return 7
+
+        @cached_property
+        def outputs(self) -> Any:
+            return [("y", "FP32", [-1, 2])]
+
+    assert Adapter(Own, {}).max_batch_cost is None
+    adapter = loaded(Own)
+    assert adapter.max_batch_cost == 7
+    assert adapter.outputs[0].shape == (-1, 2)
+
+
+def test_a_huge_error_is_cut_in_the_log_and_keeps_its_end() -> None:
+    try:
+        raise ValueError("x" * 5_000_000 + " the end")
+    except ValueError as error:
+        detail = InternalError.of("failed", error).detail
+    assert detail is not None
+    assert len(detail) <= 16_384
+    assert detail.endswith(" the end\n")
+    assert "characters left out" in detail
+
+
+async def test_what_system_exit_said_in_load_is_kept() -> None:
+    def load() -> None:
+        raise SystemExit("weights.bin is missing")
+
+    thread = ModelThread("test")
+    try:
+        with pytest.raises(RuntimeError, match=r"SystemExit: weights\.bin is missing"):
+            await thread.call(load)
+    finally:
+        thread.close()
+
+
+class Unprintable(RuntimeError):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def test_an_error_that_cannot_be_printed_is_neither_out_of_memory_nor_a_lost_device() -> None:
+    assert not is_out_of_memory(Unprintable())
+    assert not is_device_lost(Unprintable())
+    error = Unprintable()
+    error.__cause__ = MemoryError()
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`",
+    ],
+)
+def test_a_lost_device_is_told_from_other_errors(text: str) -> None:
+    assert is_device_lost(RuntimeError(text))
+    assert is_device_lost(torch.AcceleratorError(text))
+    wrapped = KeyError("failed")
+    wrapped.__context__ = RuntimeError(text)
+    assert is_device_lost(wrapped)
+    assert not is_device_lost(ValueError(text))
+    assert not is_device_lost(RuntimeError(f"can't read the item {text}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: invalid configuration argument",
+        "CUDA error: invalid argument",
+        "CUDA error: no kernel image is available for execution on the device",
+        "mat1 and mat2 shapes cannot be multiplied",
+    ],
+)
+def test_an_error_that_the_device_survives_is_no_lost_device(text: str) -> None:
+    assert not is_device_lost(RuntimeError(text))
+    if text.startswith("CUDA"):
+        assert not is_device_lost(torch.AcceleratorError(text))
+    assert is_out_of_memory(RuntimeError(text)) is ("memory" in text or "ALLOC" in text)
+
+
+def test_a_replica_without_gpus_computes_on_the_cpu() -> None:
+    assert choose_device(0) == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_fraction_of_a_gpu_is_a_gpu() -> None:
+    assert choose_device(0.5) == choose_device(1) == "cuda"
+    assert choose_device(0) == "cpu"
+
+
+@pytest.mark.gpu
+def test_a_staged_batch_arrives_on_the_gpu_as_it_was() -> None:
+    stager = Stager("cuda")
+    batch = {"x": torch.arange(1_000_000.0), "n": [torch.ones(3).pin_memory()], "name": "kept"}
+    staged = stager.copy(batch)
+    staged.wait()
+    there = staged.ready()
+    assert there["name"] == "kept"
+    assert there["x"].is_cuda
+    assert torch.equal(there["x"].cpu(), batch["x"])
+    assert torch.equal(there["n"][0].cpu(), torch.ones(3))
+
+
+@pytest.mark.gpu
+def test_memory_of_a_staged_batch_is_not_reused_while_the_model_reads_it() -> None:
+    stager = Stager("cuda")
+    for value in range(50):
+        there = stager.copy(torch.full((1_000_000,), float(value))).ready()
+        torch.cuda._sleep(1_000_000)  # type: ignore[no-untyped-call]
+        total = there.sum()
+        del there  # without record_stream the next copy could take its place before the sum
+        stager.copy(torch.full((1_000_000,), -1.0))
+        assert total.item() == value * 1e6
+
+
+@pytest.mark.gpu
+def test_a_device_side_assert_is_a_lost_device() -> None:
+    # In a process of its own: the context is unusable afterwards.
+    program = (
+        "import torch\n"
+        "from deployments.runtime.device import is_device_lost, is_out_of_memory\n"
+        "try:\n"
+        "    torch.zeros(2, device='cuda')[torch.tensor([5], device='cuda')].cpu()\n"
+        "except RuntimeError as error:\n"
+        "    print(is_device_lost(error), is_out_of_memory(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"]

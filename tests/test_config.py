@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deployments.core.contract import Limits
 from serve_app import config_file, environment
-from serve_app.config import DynamicArgs, ModelUserConfig
+from serve_app.config import HEADROOM, DynamicArgs, ModelUserConfig, let_in
 from serve_app.config_file import ConfigError, check_file
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +107,10 @@ def test_any_other_ray_application_passes_through(tmp_path: Path) -> None:
         (with_args(max_queue_s="automatic"), ["max_queue_s", "'automatic'"]),
         (with_args(safety="safe"), ["safety", "'shared'", "got 'safe'"]),
         (with_args(max_items_per_request=9, max_queue_items=8), ["max_items_per_request"]),
+        (with_args(safety="exclusive", slots=2), ["slots", "set slots: 1", "num_replicas: 2"]),
+        (with_args(safety="processes", slots=3), ["slots", "safety=processes", "safety: pool"]),
+        (with_args(max_queue_cost=9, max_batch_cost=10), ["max_queue_cost=9", "max_batch_cost=10"]),
+        (with_deployment(user_config={"max_queue_items": 2000}), ["max_queue_items: 2000", "at most 1536"]),
         (with_args(model="Doubler"), ["model", "module:Class"]),
         (with_args(model="my_modle:Doubler"), ["no module 'my_modle'"]),
         (with_args(model="my_model:Dubler"), ["no class 'Dubler'", "did you mean 'Doubler'?"]),
@@ -172,6 +176,27 @@ def test_user_config_changes_only_what_it_names() -> None:
     changed = ModelUserConfig(max_queue_s=2.0, draining=True).apply(Limits())
     assert changed == Limits(max_queue_s=2.0)
     assert ModelUserConfig(max_queue_s="auto").apply(changed) == Limits()
+
+
+@pytest.mark.parametrize("safety", ["exclusive", "processes"])
+def test_one_slot_is_what_an_exclusive_model_may_have(safety: Any) -> None:
+    assert DynamicArgs(model="a:B", safety=safety).limits().slots == 1
+    assert DynamicArgs(model="a:B", safety="pool", slots=2).limits().slots == 2
+
+
+def test_a_queue_holds_at_least_a_batch() -> None:
+    assert DynamicArgs(model="a:B", max_queue_cost=10.0, max_batch_cost=10.0).limits().max_queue_cost == 10
+    with pytest.raises(ValueError, match="max_batch_cost: a queue of"):
+        ModelUserConfig(max_batch_cost=11.0).apply(Limits(max_queue_cost=10.0))
+
+
+def test_user_config_takes_no_more_than_ray_lets_in() -> None:
+    base = Limits(max_queue_items=1000, slots=2, max_batch_size=32)
+    assert let_in(base) == 1000 + 64 + HEADROOM
+    assert ModelUserConfig(max_queue_items=1000 + HEADROOM).apply(base).max_queue_items == 1512
+    for change in ({"max_queue_items": 1001 + HEADROOM}, {"max_queue_items": 1500, "max_batch_size": 64}):
+        with pytest.raises(ValueError, match=r"max_queue_items: .* or raise max_queue_items in `args`"):
+            ModelUserConfig(**change).apply(base)
 
 
 def test_key_sets_are_those_of_this_version_of_ray() -> None:

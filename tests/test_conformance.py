@@ -9,6 +9,7 @@ import torch
 from deployments.models.efficientnet import EfficientNetLite0
 from deployments.models.minilm import MiniLM
 from deployments.runtime.conformance import Report, check_model, difference
+from deployments.runtime.model_class import ModelClassError
 from scripts.conformance import main
 
 
@@ -46,6 +47,64 @@ def test_a_model_in_training_mode_is_found() -> None:
     found = failures(Training)
     assert "self.net is in training mode: call .eval() in load" in found
     assert any("run once more differs" in detail for detail in found)
+
+
+class Slotted:
+    __slots__ = ("net", "unset")
+    inputs, outputs = Linear.inputs, Linear.outputs
+    load, forward, examples = Linear.load, Linear.forward, Linear.examples  # type: ignore[assignment]
+
+
+def test_a_class_with_slots_is_looked_into() -> None:
+    assert failures(Slotted) == []
+
+
+class Holder:
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+
+class OddModule(torch.nn.Module):
+    """Keeps a part in a plain list, where torch's own walk does not find it."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.parts = [part]
+
+
+@pytest.mark.parametrize(
+    ("hide", "name"),
+    [
+        (lambda module: [torch.nn.Identity().eval(), module], "self.part[1]"),
+        (lambda module: {"a": (module,)}, "self.part['a'][0]"),
+        (lambda module: Holder(module), "self.part.module"),
+        (lambda module: OddModule(module).eval(), "self.part.parts[0]"),
+        (lambda module: _in_eval(torch.nn.Sequential(module)), "self.part.0"),
+    ],
+    ids=["list", "dict", "object", "module", "child"],
+)
+def test_a_module_in_training_mode_is_found_wherever_it_is(hide: Any, name: str) -> None:
+    class Hidden(Linear):
+        def load(self, device: str) -> None:
+            super().load(device)
+            self.part = hide(torch.nn.Dropout(0.5))
+            self.itself, self.numbers = self, [0.0] * 1000
+
+    assert failures(Hidden) == [f"{name} is in training mode: call .eval() in load"]
+
+
+def _in_eval(module: torch.nn.Module) -> torch.nn.Module:
+    module.training = False  # the module alone, not its children
+    return module
+
+
+def test_load_that_raises_system_exit_is_reported() -> None:
+    class Quits(Linear):
+        def load(self, device: str) -> None:
+            raise SystemExit("weights.bin is missing")
+
+    with pytest.raises(ModelClassError, match=r"Quits.load raised SystemExit: weights\.bin is missing"):
+        check_model(Quits, {})
 
 
 def test_a_model_whose_answers_depend_on_batch_mates_is_found() -> None:

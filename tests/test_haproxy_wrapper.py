@@ -204,9 +204,35 @@ def test_own_answers_are_our_json_with_the_right_status_and_one_request_id(
         assert (status == 503) == ("retry-after" in dict(headers))
 
 
-def test_request_id_with_quotes_cannot_break_the_json(proxy: tuple[int, Path]) -> None:
-    _, _, body = ask(proxy[0], "/nowhere", X_Request_Id='a"b\\c%[uuid]')
-    assert json.loads(body)["error"]["request_id"] == 'a"b\\c%[uuid]'
+@pytest.mark.parametrize(
+    "given", ['a"b\\c%[uuid]', "x" * 129, "x" * 300, "a\tb", "", "a b", "a,b", "a, a", "caf\xe9"]
+)
+def test_an_unfit_request_id_is_replaced_before_anything(proxy: tuple[int, Path], given: str) -> None:
+    """One id: for the replica (whose middleware echoes it), in our bodies and in the answer's head."""
+    _, headers, body = ask(proxy[0], "/nowhere", X_Request_Id=given)
+    made = json.loads(body)["error"]["request_id"]
+    assert len(made) == 36
+    assert [v for k, v in headers if k == "x-request-id"] == [made]
+    _, headers, body = ask(proxy[0], "/a/x", X_Request_Id=given)
+    assert len(body) == 36
+    assert [v for k, v in headers if k == "x-request-id"] == [body.decode()]
+
+
+@pytest.mark.parametrize("given", ["x" * 128, "a", "Root=1-67891233-abcdef:x/y+z_9.=="])
+def test_a_fit_request_id_stays(proxy: tuple[int, Path], given: str) -> None:
+    _, headers, body = ask(proxy[0], "/a/x", X_Request_Id=given)
+    assert body.decode() == given
+    assert [v for k, v in headers if k == "x-request-id"] == [given]
+
+
+def test_two_request_ids_become_a_new_one(proxy: tuple[int, Path]) -> None:
+    with socket.create_connection(("127.0.0.1", proxy[0]), timeout=5) as channel:
+        head = b"GET /a/x HTTP/1.1\r\nhost: x\r\nx-request-id: a\r\nx-request-id: b c\r\n\r\n"
+        channel.sendall(head)
+        answer = b""
+        while b"\r\n\r\n" not in answer or answer.endswith(b"\r\n\r\n"):
+            answer += channel.recv(65_536)
+    assert len(answer.partition(b"\r\n\r\n")[2]) == 36
 
 
 def test_replica_sees_the_request_id_and_its_own_answer_is_not_doubled(

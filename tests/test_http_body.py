@@ -1,20 +1,26 @@
 """Bodies: bad JSON, compression, sizes, stalls, clients that leave, content types, forms."""
 
 import asyncio
+import gc
 import gzip
 import json
+import logging
 import random
+import time
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from starlette.types import Message
 
 from deployments.core.contract import Limits
 from serve_app.http import body as body_module
 from serve_app.http.app import make_app
+from serve_app.http.jsonio import Shape, decode
+from serve_app.http.native import PredictRequest
 from tests.http_fakes import PICTURE_CARD, PREFIX, FakeService, client_of
 
 JSON = {"content-type": "application/json"}
@@ -350,3 +356,116 @@ async def test_an_empty_image_is_400(pictures: FakeService) -> None:
     async with client_of(pictures) as client:
         answer = await client.post("/predict", headers={"content-type": "image/png"})
     assert answer.status_code == 400
+
+
+def big(inner: bytes, size: int = 1 << 20) -> bytes:
+    return b'{"inputs":[' + inner + b"," + b" " * size + inner + b"]}"
+
+
+async def test_a_big_body_is_not_read_where_the_queue_has_no_room() -> None:
+    service = FakeService()
+    service.has_room = False
+    for headers in ({"content_length": "300000"}, {}, {"content_encoding": "gzip", "content_length": "9"}):
+        exchange = Exchange(service, [chunk(GOOD, more=False)], **headers)
+        await exchange.run()
+        assert exchange.status == 503
+        assert len(exchange.messages) == 1
+    small = Exchange(service, [chunk(GOOD, more=False)], content_length=str(len(GOOD)))
+    await small.run()
+    assert (small.status, service.asked) == (200, [1, 1, 1])
+
+
+async def test_bodies_in_hand_are_bounded_and_given_back(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(body_module, "MAX_IN_HAND_BYTES", 10_000)
+    hanging = GOOD.replace(b'"a"', b'"hang"') + b" " * 8_000
+    first = asyncio.create_task(Exchange(service, [chunk(hanging, more=False)]).run())
+    await service.hung.wait()
+    assert body_module.IN_HAND.bytes == len(hanging)
+    second = Exchange(service, [chunk(GOOD + b" " * 4_000, more=False)])
+    await second.run()
+    assert second.status == 503
+    assert (b"retry-after", b"1") in second.sent[0]["headers"]
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert body_module.IN_HAND.bytes == 0
+    third = Exchange(service, [chunk(GOOD + b" " * 4_000, more=False)])
+    await third.run()
+    assert third.status == 200
+
+
+@pytest.mark.parametrize("length", ["9" * 21, "0" * 5000, "1" * 5000, "x", "-1", ""])
+async def test_a_content_length_that_is_no_size_is_400(service: FakeService, length: str) -> None:
+    exchange = Exchange(service, [chunk(GOOD, more=False)], content_length=length)
+    await exchange.run()
+    assert exchange.status == 400
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"0", b'{"inputs":1}'])
+async def test_16_mb_of_items_are_refused_by_their_count_at_once(item: bytes) -> None:
+    service = FakeService(limits=Limits())
+    content = b'{"inputs":[' + b",".join([item] * ((16 << 20) // (len(item) + 1) - 10)) + b"]}"
+    began = time.process_time()
+    exchange = Exchange(service, [chunk(content, more=False)], content_length=str(len(content)))
+    await exchange.run()
+    assert exchange.status == 413
+    assert "max_items_per_request, 256" in exchange.sent[1]["body"].decode()
+    # a few ms; building them all took 4 to 11 s
+    assert time.process_time() - began < 0.5
+
+
+async def test_a_big_body_that_names_a_field_twice_is_refused_without_building_it(
+    service: FakeService,
+) -> None:
+    service._limits = Limits()
+    twice = b'{"parameters":{},"inputs":["' + b"x" * 300_000 + b'"],"parameters":{}}'
+    exchange = Exchange(service, [chunk(twice, more=False)])
+    await exchange.run()
+    assert exchange.status == 400
+    assert b"'parameters' is there twice" in exchange.sent[1]["body"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (big(b'"a"'), 200),
+        (big(b'{"a":[1,2.5,null,true]}'), 422),
+        (big(b'"a"').replace(b"inputs", b"input"), 400),
+        (big(b"NaN"), 400),
+        (big(b'"a"')[:-1], 400),
+    ],
+)
+async def test_big_bodies_are_read_as_small_ones_are(content: bytes, status: int) -> None:
+    service = FakeService(limits=Limits())
+    exchange = Exchange(service, [chunk(content, more=False)])
+    await exchange.run()
+    assert exchange.status == status
+    if status == 200:
+        assert service.calls[0][0] == ["a", "a"]
+    assert gc.isenabled()
+
+
+def test_the_garbage_collector_rests_while_a_big_body_is_decoded() -> None:
+    """One item of a million lists, as a tensor may be: nothing to count, only to build."""
+    collections: list[str] = []
+    content = b'{"inputs":[[' + b"[]," * 300_000 + b"[]]]}"
+    decoder = msgspec.json.Decoder(PredictRequest)
+    gc.callbacks.append(lambda phase, _: collections.append(phase))
+    try:
+        began = len(collections)
+        request = decode(decoder, Shape(PredictRequest), content)
+        assert len(collections) - began <= 2
+    finally:
+        gc.callbacks.pop()
+    assert len(request.inputs[0]) == 300_001
+
+
+async def test_a_client_that_leaves_is_in_the_log(
+    service: FakeService, caplog: pytest.LogCaptureFixture
+) -> None:
+    exchange = Exchange(service, [{"type": "http.disconnect"}], x_request_id="r-7")
+    with caplog.at_level(logging.INFO):
+        await exchange.run()
+    assert "event=client_left route=/predict request_id=r-7" in caplog.text

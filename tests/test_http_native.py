@@ -8,6 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.core.errors import ModelFailed
+from serve_app import haproxy_config
+from serve_app.http import exchange
 from tests.http_fakes import PICTURE_CARD, FakeService, client_of, vector_of
 
 
@@ -253,10 +256,30 @@ async def test_the_request_id_header_is_left_to_a_middleware_unless_asked_for(
         assert len((await client.get("/healthz")).headers["x-request-id"]) == 32
 
 
-@pytest.mark.parametrize("given", ["x" * 129, "a\x01b", "caf\xe9"])
+@pytest.mark.parametrize("given", ["x" * 129, "a\x01b", "caf\xe9", "", "a\tb", 'a type="x"', "a,b", "a\\b"])
 async def test_a_request_id_unfit_for_logs_is_replaced(client: httpx.AsyncClient, given: str) -> None:
     answer = await client.get("/nowhere", headers={"x-request-id": given.encode("latin-1")})
     assert len(answer.json()["error"]["request_id"]) == 32
+
+
+@pytest.mark.parametrize("given", ["x" * 128, "a", "Root=1-67891233-abcdef:x/y+z_9.=="])
+async def test_a_fit_request_id_stays(client: httpx.AsyncClient, given: str) -> None:
+    answer = await client.get("/nowhere", headers={"x-request-id": given})
+    assert answer.json()["error"]["request_id"] == given
+
+
+def test_the_proxy_knows_the_same_request_ids() -> None:
+    assert f"'^{exchange._REQUEST_ID.pattern.decode()}$'" == haproxy_config.FIT_ID
+
+
+def test_the_log_keeps_both_ends_of_a_long_detail(caplog: pytest.LogCaptureFixture) -> None:
+    error = ModelFailed("it failed")
+    error.detail = "first" + "x" * 1_000_000 + "last"
+    exchange.log_failure(error, route="/predict", request_id="r1")
+    said = caplog.records[0].getMessage()
+    assert len(said) < exchange.MAX_DETAIL_CHARS + 200
+    assert "first" in said
+    assert said.endswith("last")
 
 
 async def test_an_image_passes_raw_in_json_and_in_a_form() -> None:

@@ -12,7 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from deployments.core.contract import TensorSpec
+from deployments.core.contract import Answer, Limits, Outcome, TensorSpec
+from deployments.core.errors import InvalidItem
+from serve_app.http.oip_messages import raise_first_error
 from serve_app.http.tensors import (
     DATATYPES,
     NUMPY,
@@ -205,7 +207,7 @@ async def test_a_binary_length_that_does_not_fit_is_400(
     assert not service.calls
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "100000", "9" * 5000, ""])
+@pytest.mark.parametrize("length", ["-1", "x", "100000", "9" * 5000, "0" * 5000 + "1", ""])
 async def test_a_header_length_that_does_not_fit_is_400(client: httpx.AsyncClient, length: str) -> None:
     answer = await client.post(
         "/v2/models/embed/infer",
@@ -399,3 +401,40 @@ def test_bytes_of_more_dimensions_come_as_nested_rows() -> None:
 def test_outputs_that_differ_in_shape_are_the_callers_to_split() -> None:
     with pytest.raises(Exception, match="one item in a request"):
         stack_output("x", "FP32", [np.zeros(2), np.zeros(3)])
+
+
+class _Picky(InvalidItem):
+    """A user's own error, whose constructor takes something else."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__(f"{width} x {height} is too small")
+
+
+def test_one_error_object_of_two_requests_keeps_their_places_apart() -> None:
+    shared = _Picky(1, 2)
+    shared.__cause__ = ValueError("why")
+    said = []
+    for outcomes in ([Outcome(), Outcome(error=shared)], [Outcome(error=shared), Outcome()]):
+        with pytest.raises(InvalidItem) as caught:
+            raise_first_error(Answer(outcomes))
+        said.append((caught.value.param, caught.value.message))
+        assert type(caught.value) is _Picky
+        assert caught.value.__cause__ is shared.__cause__
+    assert said == [
+        ("inputs[1]", "item 1: 1 x 2 is too small"),
+        ("inputs[0]", "item 0: 1 x 2 is too small"),
+    ]
+    assert (shared.param, shared.message) == (None, "1 x 2 is too small")
+
+
+async def test_parameters_named_in_a_tensor_too_are_no_duplicate_and_cost_little() -> None:
+    texts = ["x" * 100] * 200_000
+    tensor = {"name": "text", "shape": [200_000], "datatype": "BYTES", "data": texts, "parameters": {}}
+    service = FakeService(limits=Limits(max_items_per_request=10))
+    async with client_of(service) as client:
+        content = json.dumps({"inputs": [tensor], "parameters": {}}).encode()
+        answer = await client.post("/v2/models/embed/infer", content=content)
+        twice = b'{"parameters":{},' + content[1:]
+        refused = await client.post("/v2/models/embed/infer", content=twice)
+    assert answer.status_code == 413
+    assert refused.status_code in (400, 413)

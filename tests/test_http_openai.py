@@ -67,6 +67,13 @@ async def test_too_many_texts_are_413(client: httpx.AsyncClient) -> None:
     assert (await embed(client, ["a"] * 9)).status_code == 413
 
 
+async def test_a_big_body_is_read_and_its_texts_are_counted(client: httpx.AsyncClient) -> None:
+    text = "two words" + " " * 100_000
+    assert (await embed(client, [text] * 8)).status_code == 200
+    assert (await embed(client, text * 4)).status_code == 200
+    assert (await embed(client, [text] * 9)).status_code == 413
+
+
 async def test_another_model_is_404_model_not_found(client: httpx.AsyncClient) -> None:
     for answer in (await embed(client, "a", model="x"), await client.get("/v1/models/x")):
         assert answer.status_code == 404

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from deployments.core.errors import InvalidItem
-from deployments.models import bert
+from deployments.models import bert, images, onednn
 from deployments.models.efficientnet import EfficientNetLite0
 from deployments.models.hub import find_folder
 from deployments.models.minilm import MiniLM
@@ -106,7 +106,7 @@ def test_the_ids_are_those_of_transformers_tokenizer(minilm: Adapter, packaged: 
 
 
 def test_the_packed_and_the_plain_network_agree(minilm: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bert, "_has_onednn", lambda: False)
+    monkeypatch.setattr(onednn, "can_pack", lambda weight: False)
     assert (embed(load(MiniLM), TEXTS) - embed(minilm, TEXTS)).abs().max() < 1e-5
 
 
@@ -322,6 +322,71 @@ def png_header(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+def with_scans(data: bytes, more: int) -> bytes:
+    """The same JPEG with its last scan repeated: each costs a pass over all pixels, and few bytes."""
+    last_scan = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last_scan * more + data[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(classifier: Adapter) -> None:
+    flat = encode(Image.new("RGB", (3000, 3000)), "JPEG", progressive=True)
+    assert images.count_scans(flat) == 10
+    assert classifier.preprocess(flat).shape == (224, 224, 3)
+    started = time.thread_time()
+    message = refusal(classifier, with_scans(flat, 500))
+    assert time.thread_time() - started < 0.1
+    assert "3000x3000 in 510 scans, over the limit of 250 megapixels times scans" in message
+    assert "save it as a baseline" in message
+
+
+def test_the_limit_of_scans_is_exact(classifier: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("RGB", (100, 100)), "JPEG", progressive=True)
+    monkeypatch.setattr(images, "MAX_PIXEL_SCANS", 100 * 100 * 12)
+    classifier.preprocess(with_scans(data, 2))
+    assert "in 13 scans" in refusal(classifier, with_scans(data, 3))
+
+
+def test_scans_of_a_thumbnail_and_of_what_follows_the_image_do_not_count(classifier: Adapter) -> None:
+    data = encode(Image.new("RGB", (3000, 3000)), "JPEG", exif=b"Exif\0\0" + b"\xff\xda\xff\xd9" * 100)
+    motion_photo = data + b"\xff\xda" * 1000
+    assert images.count_scans(motion_photo) == 1
+    assert classifier.preprocess(motion_photo).shape == (224, 224, 3)
+
+
+@pytest.mark.parametrize("part", [b"\xff\xe1\x00\x02", b"\xff\xff", b"\xff\xd0", b"\xff\xc8\x00\x00"])
+def test_a_jpeg_of_endless_parts_is_refused_in_bounded_time(classifier: Adapter, part: bytes) -> None:
+    sound = encode(Image.new("RGB", (8, 8)), "JPEG")
+    started = time.thread_time()
+    message = refusal(classifier, sound[:2] + part * (4_000_000 // len(part)) + sound[2:])
+    assert time.thread_time() - started < 0.5
+    assert "over 50,000 parts" in message
+
+
+def test_a_png_of_endless_chunks_is_refused_in_bounded_time(classifier: Adapter) -> None:
+    sound = encode(Image.new("RGB", (8, 8)), "PNG")
+    empty = b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4, "big")
+    started = time.thread_time()
+    assert "over 50,000 parts" in refusal(classifier, sound[:33] + empty * 300_000 + sound[33:])
+    assert time.thread_time() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    "part", [b"\xff\xda\0\2", b"\xff\xfe\0\2" * 9 + b"\xff\xda\0\2", b"\xff\xff" * 9 + b"\xff\xda"]
+)
+def test_counting_scans_takes_bounded_time(part: bytes) -> None:
+    started = time.thread_time()
+    with pytest.raises(ValueError, match="the image is damaged"):
+        images.count_scans(b"\xff\xd8" + part * (4_000_000 // len(part)))
+    assert time.thread_time() - started < 0.5
+
+
+def test_restart_markers_are_no_scans() -> None:
+    data = encode(cat(), "JPEG", restart_marker_rows=1)
+    assert b"\xff\xd0" in data
+    assert images.count_scans(data) == 1
+    assert images.count_scans(b"\xff\xd8\xff\xda") == 1
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -378,7 +443,24 @@ def test_random_damage_is_refused_or_read_but_never_a_crash(classifier: Adapter)
 def test_the_packed_and_the_plain_network_of_the_classifier_agree(
     classifier: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deployments.models import efficientnet
-
-    monkeypatch.setattr(efficientnet, "_has_onednn", lambda: False)
+    monkeypatch.setattr(onednn, "can_pack", lambda weight: False)
     assert gap(classify(load(EfficientNetLite0), CAT), classify(classifier, CAT)) < 1e-4
+
+
+def test_one_example_of_the_classifier_is_as_large_as_a_photo(classifier: Adapter) -> None:
+    sizes = []
+    for item in classifier.examples():
+        sizes.append(Image.open(io.BytesIO(base64.b64decode(item["image_b64"]))).size)
+    assert (320, 240) in sizes
+    assert classifier.examples() == load(EfficientNetLite0).examples()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_classifier_stays_close(classifier: Adapter) -> None:
+    ours = Adapter(EfficientNetLite0, {})
+    ours.load("cuda")
+    assert gap(classify(classifier, CAT), classify(ours, CAT)) < 0.01  # TF32 convolutions
+    examples = [ours.preprocess(CAT)] * 3
+    staged = ours.split(ours.forward(ours.stage(ours.collate(examples))), 3)
+    for raw in staged:
+        assert gap(ours.postprocess(raw), classify(ours, CAT)) < 0.01

@@ -152,7 +152,7 @@ async def test_a_deadline_holds_while_an_item_is_preprocessed() -> None:
         with pytest.raises(DeadlinePassed, match="100 ms"):
             await ask(service, {"value": 1}, timeout_ms=100.0)
         assert time.perf_counter() - started < 0.4
-        assert service.batcher.scheduler.reserved_items == 0
+        assert service.batcher.scheduler.waiting.reserved == 0
 
 
 async def test_a_device_that_is_lost_makes_the_replica_unhealthy() -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.core.errors import InternalError
-from deployments.core.scheduler import Batch, Scheduler
-from deployments.core.submission import Example, Result, Submission
+from deployments.core.scheduler import Scheduler
+from deployments.core.submission import Batch, Example, Result, Submission
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Batcher:
 
     def drain(self) -> None:
         """From now on new work is refused; what was accepted is finished."""
-        self.scheduler.is_draining = True
+        self.scheduler.admission.is_draining = True
         self._pump()
 
     # -- the pump: start batches while there are both slots and work ------------------------------
@@ -222,9 +222,11 @@ class Batcher:
         if report.out_of_memory_items is None:
             return
         share = report.out_of_memory_items / len(batch.items)
-        self.scheduler.lower_max_cost(batch.cost * share)
+        self.scheduler.admission.lower_max_cost(batch.cost * share)
         logger.warning(
-            "out_of_memory batch_cost=%g max_batch_cost_now=%g", batch.cost, self.scheduler.max_batch_cost
+            "out_of_memory batch_cost=%g max_batch_cost_now=%g",
+            batch.cost,
+            self.scheduler.admission.max_batch_cost,
         )
 
     # -- one timer for all that time alone decides -------------------------------------------------
@@ -266,7 +268,7 @@ class Batcher:
         lead_s = self._executor.stage_lead_s()
         running = self.scheduler.running
         is_busy = len(running) >= self.scheduler.limits.slots
-        if lead_s <= 0.0 or self._staged is not None or not is_busy or not self.scheduler.waiting_items:
+        if lead_s <= 0.0 or self._staged is not None or not is_busy or not len(self.scheduler.waiting):
             return float("inf")
         return max(now, min(batch.expected_end for batch in running) - lead_s)
 

@@ -118,8 +118,15 @@ class InternalError(ServingError):
 
     @classmethod
     def of(cls, message: str, cause: BaseException) -> Self:
-        """With the traceback of what was raised as its detail."""
-        return cls(message, detail="".join(traceback.format_exception(cause)))
+        """With the traceback of what was raised as its detail: its end, where it is over 16 kB.
+
+        Log lines have room for about as much, and a message may hold a whole input.
+        """
+        detail = "".join(traceback.format_exception(cause))
+        if len(detail) > 16_384:
+            kept = 16_384 - 64  # room for the note
+            detail = f"[{len(detail) - kept} characters left out] ...{detail[-kept:]}"
+        return cls(message, detail=detail)
 
 
 class ModelFailed(InternalError):

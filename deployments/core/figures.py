@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.core.batcher import BatchReport
-from deployments.core.scheduler import Batch
+from deployments.core.submission import Batch
 
 SAMPLE_EVERY_S = 0.05
 """At most this often a batch goes into the histograms: Ray's agent plays every single observation

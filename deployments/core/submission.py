@@ -74,3 +74,13 @@ class Submission:
             self.examples = ()  # may be images; the deadline queue can remember us for a while
             if not self.cancelled:
                 self.on_done(self)
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Items that run together; `started` and `expected_end` are in clock seconds."""
+
+    items: list[Item]
+    cost: float
+    started: float = 0.0
+    expected_end: float = 0.0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from deployments.models import onednn
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -48,7 +50,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool = False) -> None:
         self._weight, self._bias, self._gelu = weight, bias, gelu
         self._packed: torch.Tensor | None = None
-        if weight.device.type == "cpu" and _has_onednn():
+        if onednn.can_pack(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2048)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,10 +66,6 @@ class Linear:
         else:
             out = fused(x, self._packed, self._bias, "none", [], "")
         return out
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 class Layer:

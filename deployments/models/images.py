@@ -6,6 +6,7 @@ Pillow releases the GIL while it decodes.
 """
 
 import io
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 MAX_PIXELS = 50_000_000
 """Decoded, 50 megapixels are 150 MB; a file of a few kB can claim a hundred times as many."""
 
+MAX_PIXEL_SCANS = 250_000_000
+"""Pixels times scans of a JPEG. A scan is a pass over all pixels and may be 10 bytes long: 0.8 to 2 ns
+a pixel, so half a second at most. Encoders write 10 scans: room for 25 megapixels progressive; a
+baseline JPEG has one scan and is bound by MAX_PIXELS alone."""
+
+MAX_PARTS = 50_000
+"""Reads of a file, which Pillow's header loops do one or more a chunk or a byte of filling: 16 MiB of
+4-byte segments would hold the GIL for 20 s. 16 MiB of PNG in chunks of 4 kB takes 16,000."""
+
 _CROP = 224 / 256
 """Share of the shorter side that is kept: TF's evaluation crop pads 224 by 32."""
 
@@ -26,13 +36,15 @@ Opener = Callable[[io.BytesIO], ImageFile.ImageFile]
 def decode_square(data: bytes, size: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """JPEG, PNG or WebP -> uint8 [size, size, 3], the centre as the photographer saw it.
 
-    Raises ValueError for other formats, damaged files and more than MAX_PIXELS.
+    Raises ValueError for other formats, damaged files and what is over MAX_PIXELS or MAX_PIXEL_SCANS.
     """
     image = _open(data)
     width, height = image.size
     if width * height > MAX_PIXELS:
         limit = MAX_PIXELS // 1_000_000
         raise ValueError(f"the image is {width}x{height}, over the limit of {limit} megapixels")
+    if isinstance(image, JpegImageFile):
+        _check_scans(data, width, height)
     try:
         orientation = _decode(image, size)
         square = _upright(_resize(_to_8_bit(image), size), orientation)
@@ -46,12 +58,60 @@ def decode_square(data: bytes, size: int) -> np.ndarray[tuple[int, ...], np.dtyp
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Read the header. The readers are called directly: Image.open would warn of large sizes."""
     try:
-        return _opener_of(data)(io.BytesIO(data))
+        return _opener_of(data)(_CountedFile(data))
     except MemoryError:
         raise
     except Exception as error:
         text = str(error) or type(error).__name__
         raise ValueError(f"not a JPEG, PNG or WebP image: {text}") from error
+
+
+class _CountedFile(io.BytesIO):
+    """A file that can be read MAX_PARTS times."""
+
+    _reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_PARTS:
+            raise ValueError(f"it has over {MAX_PARTS:,} parts: save it anew")
+        return super().read(size)
+
+
+def _check_scans(data: bytes, width: int, height: int) -> None:
+    most = MAX_PIXEL_SCANS // (width * height)
+    if data.count(b"\xff\xda") <= most:  # never fewer than its scans, and counted in no time
+        return
+    scans = count_scans(data)
+    if scans > most:
+        raise ValueError(
+            f"the image is {width}x{height} in {scans} scans, over the limit of "
+            f"{MAX_PIXEL_SCANS // 1_000_000} megapixels times scans: save it as a baseline "
+            "(not progressive) JPEG, or smaller"
+        )
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end, as libjpeg meets them (ITU-T T.81, annex B).
+
+    Thumbnails lie inside of segments and are not counted, nor is what follows the image. Raises
+    ValueError for what would take longer than 0.2 s: over MAX_PARTS segments, or as many FF FF.
+    """
+    scans, at = 0, 2
+    if data.count(b"\xff\xff") > MAX_PARTS:  # filling; the search stops at each
+        raise ValueError("the image is damaged: it is mostly filling")
+    for _ in range(MAX_PARTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1] == b"\xd9":  # end of image
+            return scans
+        scans += found[1] == b"\xda"
+        # The segment: its length counts itself.
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+    raise ValueError(f"the image is damaged: it has over {MAX_PARTS:,} segments")
+
+
+_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+"""Of what has a segment, and the end. In entropy-coded data FF is followed by 00 or by D0 to D7."""
 
 
 def _opener_of(data: bytes) -> Opener:

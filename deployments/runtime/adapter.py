@@ -25,11 +25,14 @@ import torch
 
 from deployments.core.contract import ModelCard, TensorSpec
 from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
-from deployments.runtime import tensors
+from deployments.runtime import items, tensors
 from deployments.runtime.device import Staged, Stager, is_out_of_memory, on_device
 from deployments.runtime.model_class import (
     ModelClassError,
+    as_json,
     check_class,
+    check_embeds,
+    declared_by,
     load_class,
     parse_specs,
     positive_number,
@@ -53,6 +56,7 @@ class Adapter:
         self._class, self._args = model_class, dict(model_args)
         self._model: Any = None
         self._device = "cpu"
+        self._examples: list[Any] = []
         self._example_dims: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
         self._bind(model_class)
 
@@ -68,24 +72,24 @@ class Adapter:
         self._forward = model if isinstance(model, torch.nn.Module) else method("forward")
         self.inputs = self._specs(model, "inputs", "input")
         self.outputs = self._specs(model, "outputs", "output")
-        self._has_inputs = getattr(model, "inputs", None) is not None
+        self._has_inputs = declared_by(model, "inputs") is not None
         self.pads = bool(getattr(model, "pads", False))
-        bound = getattr(model, "max_batch_cost", None)
+        bound = declared_by(model, "max_batch_cost")
         if bound is not None and not positive_number(bound):
             raise ModelClassError(f"{self.name}.max_batch_cost must be a number above 0")
-        self.max_batch_cost = bound
+        self.max_batch_cost = None if bound is None else float(bound)
 
     def _specs(self, model: Any, attribute: str, default: str) -> tuple[TensorSpec, ...]:
         where = f"{self.name}.{attribute}"
-        return parse_specs(getattr(model, attribute, None), where, default)
+        return parse_specs(declared_by(model, attribute), where, default)
 
     # Once
 
     def load(self, device: str) -> None:
         """Make the instance and load it on `device`; on the model thread.
 
-        What the class raises comes through as it is; ModelClassError where examples() don't pass
-        the class's own preprocess.
+        What the class raises comes through as it is; ModelClassError where examples() are no JSON or
+        don't pass the class's own preprocess, or what it declares can't be served.
         """
         with on_device(device):
             model = self._class(**self._args)
@@ -93,21 +97,29 @@ class Adapter:
         self._model, self._device = model, device
         self._stager = Stager(device)
         self._bind(model)
+        if getattr(model, "embeds", False):
+            check_embeds(self.outputs, self.name)
+        self._examples = self._read_examples()
         self._example_dims = self._dims_of_examples()
+
+    def _read_examples(self) -> list[Any]:
+        method = getattr(self._model, "examples", None)
+        found = [] if method is None else list(method())
+        return [as_json(item, f"{self.name}.examples()[{index}]") for index, item in enumerate(found)]
 
     def _dims_of_examples(self) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
         """Shape that all examples share, -1 where they differ; None: nothing to compare with."""
         if self._collate is not None or (self._has_inputs and self._preprocess is None):
             return None
         examples = []
-        for index, item in enumerate(self.examples()):
+        for index, item in enumerate(self._examples):
             try:
                 examples.append(self._to_example(item))
             except InvalidItem as error:
                 raise ModelClassError(
                     f"{self.name}.examples()[{index}] is refused by its preprocess: {error}"
                 ) from error
-        return _common_dims(examples)
+        return items.common_dims(examples)
 
     @property
     def model(self) -> Any:
@@ -115,12 +127,11 @@ class Adapter:
         return self._model
 
     def examples(self) -> list[Any]:
-        """JSON items that the model takes, or []; after load."""
-        method = getattr(self._model, "examples", None)
-        return list(method()) if method is not None else []
+        """JSON items that the model takes, or []; made once, at load."""
+        return list(self._examples)
 
     def card(self, app_name: str) -> ModelCard:
-        """What HTTP may know; after load."""
+        """What HTTP may know; after load. ModelClassError where a schema is no JSON."""
 
         def attribute(name: str, default: Any) -> Any:
             return getattr(self._model, name, default)
@@ -131,8 +142,8 @@ class Adapter:
             outputs=self.outputs,
             media_types=tuple(attribute("media_types", ())),
             item_key=attribute("item_key", None),
-            item_schema=attribute("item_schema", {}),
-            output_schema=attribute("output_schema", {}),
+            item_schema=as_json(attribute("item_schema", {}), f"{self.name}.item_schema"),
+            output_schema=as_json(attribute("output_schema", {}), f"{self.name}.output_schema"),
             examples=tuple(self.examples()),
             embeds=bool(attribute("embeds", False)),
             cost_unit=str(attribute("cost_unit", "items")),
@@ -151,10 +162,10 @@ class Adapter:
 
     def _to_example(self, item: Any) -> Any:
         if self._preprocess is None:
-            return tensors.read_example(item, self.inputs)
+            return items.read_example(item, self.inputs)
         self._check_item(item)
         try:
-            return self._preprocess(tensors.plain_json(item))
+            return self._preprocess(items.plain_json(item))
         except ServingError:
             raise
         except ValueError as error:
@@ -169,22 +180,22 @@ class Adapter:
         if not self._has_inputs or len(self.inputs) != 1 or self.inputs[0].datatype == "BYTES":
             return
         if hasattr(item, "shape") or isinstance(item, (list, int, float)):
-            tensors.check_dims(tensors.shape_of_list(item), self.inputs[0].shape[1:])
+            items.check_dims(items.shape_of_list(item), self.inputs[0].shape[1:])
 
     def check_shape(self, example: Any) -> None:
         """Raise InvalidItem where the example contradicts `inputs`, or without it examples()."""
         if self._preprocess is None and self._has_inputs:
             if len(self.inputs) == 1:
-                tensors.check_dims(example.shape, self.inputs[0].shape[1:])
+                items.check_dims(example.shape, self.inputs[0].shape[1:])
                 return
             for spec in self.inputs:
-                tensors.check_dims(example[spec.name].shape, spec.shape[1:], spec.name)
+                items.check_dims(example[spec.name].shape, spec.shape[1:], spec.name)
         elif isinstance(self._example_dims, tuple) and hasattr(example, "shape"):
-            tensors.check_dims(example.shape, self._example_dims)
+            items.check_dims(example.shape, self._example_dims)
         elif isinstance(self._example_dims, dict) and isinstance(example, Mapping):
             for name, dims in self._example_dims.items():
                 if hasattr(example.get(name), "shape"):
-                    tensors.check_dims(example[name].shape, dims, name)
+                    items.check_dims(example[name].shape, dims, name)
 
     def key(self, example: Any) -> Hashable:
         """Examples share a batch only where their keys are equal; None: with all."""
@@ -299,19 +310,3 @@ class Adapter:
 
     def _failure(self, what: str, error: BaseException) -> ModelFailed:
         return ModelFailed.of(f"the model raised {type(error).__name__} in {what}", error)
-
-
-def _common_dims(
-    examples: Sequence[Any],
-) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
-    """One shape for all, -1 where they differ; None where their ranks do or there are none."""
-    if examples and all(isinstance(e, Mapping) for e in examples):
-        shared = set(examples[0]).intersection(*examples)
-        named = {name: _common_dims([e[name] for e in examples]) for name in shared}
-        return {name: dims for name, dims in named.items() if isinstance(dims, tuple)}
-    if not examples or not all(hasattr(e, "shape") for e in examples):
-        return None
-    shapes = [tuple(e.shape) for e in examples]
-    if len({len(shape) for shape in shapes}) > 1:
-        return None
-    return tuple(dims[0] if len(set(dims)) == 1 else -1 for dims in zip(*shapes, strict=True))

@@ -5,16 +5,15 @@ It answers: does the class keep the contract ("Your own model"), and does an ite
 what it gets alone? Whether threads may share the model is the audit's question.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from deployments.core.errors import InvalidItem, ServingError
-from deployments.runtime import tensors
+from deployments.runtime import items, tensors
 from deployments.runtime.adapter import Adapter, ModelClassError
+from deployments.runtime.difference import difference
+from deployments.runtime.modules import modules_of
 
 TOLERANCE = 1e-4
 """Relative to the output's largest value. fp32 kernels differ by about 1e-6 between batch sizes."""
@@ -80,7 +79,7 @@ def check_model(
         adapter.load(device)
     except ModelClassError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         raise ModelClassError(f"{adapter.name}.load raised {what}") from error
     report = Report(adapter.name)
@@ -113,10 +112,10 @@ class _Subject:
     @property
     def examples(self) -> list[Any]:
         if self._examples is None:
-            items = self.adapter.examples()
-            if not items:
+            found = self.adapter.examples()
+            if not found:
                 raise CheckSkipped("the class has no examples(): add a few items")
-            self._examples = [self.adapter.preprocess(item) for item in items]
+            self._examples = [self.adapter.preprocess(item) for item in found]
         return self._examples
 
     @property
@@ -167,9 +166,9 @@ def outputs_match(subject: _Subject) -> str:
         if set(named) != {spec.name for spec in declared}:
             raise CheckFailed(f"to_tensors gave {sorted(named)}")
         for spec in declared:
-            shape = tensors.shape_of_list(named[spec.name])
+            shape = items.shape_of_list(named[spec.name])
             if spec.shape != (-1,) and spec.datatype != "BYTES":
-                tensors.check_dims(shape, spec.shape[1:], spec.name)
+                items.check_dims(shape, spec.shape[1:], spec.name)
     return ", ".join(f"{s.name} {s.datatype} {list(s.shape)}" for s in declared)
 
 
@@ -202,7 +201,7 @@ def is_deterministic(subject: _Subject) -> None:
 
 def is_in_eval_mode(subject: _Subject) -> None:
     """every module is in eval mode"""
-    for name, module in _modules_of(subject.adapter.model):
+    for name, module in modules_of(subject.adapter.model):
         if module.training:
             raise CheckFailed(f"{name} is in training mode: call .eval() in load")
 
@@ -269,44 +268,3 @@ CHECKS: tuple[Callable[[_Subject], str | None], ...] = (
     order_is_kept,
     bad_items_are_refused,
 )
-
-
-def difference(one: Any, other: Any) -> float:
-    """Largest difference of two JSON values, relative to the largest number in them (at least 1).
-
-    Infinity where they differ in structure, a string or a boolean.
-    """
-    scale = max([1.0, *(abs(x) for x in _numbers(one)), *(abs(x) for x in _numbers(other))])
-    return _largest_difference(one, other) / scale
-
-
-def _largest_difference(one: Any, other: Any) -> float:
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = zip(one, other, strict=True)
-        return max((_largest_difference(a, b) for a, b in pairs), default=0.0)
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return max((_largest_difference(one[k], other[k]) for k in one), default=0.0)
-    if _is_number(one) and _is_number(other):
-        return abs(float(one) - float(other))
-    return 0.0 if one == other else math.inf
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-    elif _is_number(value):
-        yield value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _modules_of(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    if isinstance(model, torch.nn.Module):
-        yield type(model).__name__, model
-        return
-    for name, value in vars(model).items():
-        if isinstance(value, torch.nn.Module):
-            yield f"self.{name}", value

@@ -102,38 +102,79 @@ def on_device(device: str) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True where a smaller batch may fit: CUDA, the CPU allocator, or Python's own MemoryError."""
-    seen = 0
-    found: BaseException | None = error
-    while found is not None and seen < 8:
-        if isinstance(found, (torch.OutOfMemoryError, MemoryError)):
-            return True
-        if isinstance(found, RuntimeError) and any(t in str(found) for t in _OUT_OF_MEMORY_TEXTS):
-            return True
-        found, seen = found.__cause__, seen + 1
-    return False
+    return any(_means_out_of_memory(found) for found in _with_causes(error))
+
+
+def _means_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(t in _text_of(error) for t in _OUT_OF_MEMORY_TEXTS)
 
 
 _OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",  # DefaultCPUAllocator
     "CUDA out of memory",
+    "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """True where every later use of the GPU fails too: only a new process has a working one.
+
+    Source: CUDA Runtime API, cudaError, on errors that "leave the process in an inconsistent state".
+    """
+    return any(_means_lost(found) for found in _with_causes(error))
+
+
+def _means_lost(error: BaseException) -> bool:
+    # As torch words it, from the first letter on: a model's message may quote what a caller sent.
+    if not isinstance(error, RuntimeError) or _means_out_of_memory(error):
+        return False
+    text = _text_of(error)
+    is_torchs_own = isinstance(error, getattr(torch, "AcceleratorError", ()))  # since torch 2.8
+    if not is_torchs_own and not text.startswith(("CUDA error: ", "CUDA driver error: ")):
+        return False
+    first_line = text.partition("\n")[0]
+    return not any(harmless in first_line for harmless in _SURVIVED_TEXTS)
+
+
+_SURVIVED_TEXTS = (
+    # Refused before anything ran: one batch's fault, such as a grid for an empty or a huge tensor.
+    "invalid argument",
+    "invalid configuration argument",
+    "invalid device function",
+    "invalid device ordinal",
+    "invalid resource handle",
+    "no kernel image is available",
+    "operation not permitted when stream is capturing",
+    "operation not supported",
+    "too many resources requested for launch",
+    "CUBLAS_STATUS_INVALID_VALUE",
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory left for the handle
+)
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what it was raised from or while handling; 8 of them at most."""
+    found: BaseException | None = error
+    for _ in range(8):
+        if found is None:
+            return
+        yield found
+        found = found.__context__ if found.__cause__ is None else found.__cause__
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a model's own class: its __str__ may raise anything
+        return ""
 
 
 def release_memory() -> None:
     """After out of memory: give cached blocks back, so that the smaller retry finds them."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """True for a CUDA error that sticks (a device-side assert, an illegal access): after it every
-    call on this process's context fails, so only a new process helps. Out of memory is none."""
-    if is_out_of_memory(error) or not isinstance(error, RuntimeError):
-        return False
-    accelerator_error = getattr(torch, "AcceleratorError", ())
-    try:
-        return isinstance(error, accelerator_error) or "CUDA error:" in str(error)
-    except Exception:  # an exception that can't be printed
-        return False

@@ -11,8 +11,7 @@ from typing import Any
 
 from deployments.core.batcher import BatchReport
 from deployments.core.isolate import Isolated, run_isolated
-from deployments.core.scheduler import Batch
-from deployments.core.submission import Example, Result
+from deployments.core.submission import Batch, Example, Result
 from deployments.runtime.adapter import Adapter, is_out_of_memory
 from deployments.runtime.device import Staged, is_device_lost, release_memory, set_threads
 from deployments.runtime.model_thread import ModelThread

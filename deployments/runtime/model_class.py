@@ -7,11 +7,14 @@ so. Must not know: instances, tensors, Ray.
 import difflib
 import importlib
 import inspect
+import json
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deployments.core.contract import TensorSpec
+from deployments.runtime.datatypes import DATATYPES
 
 SIGNATURES = {
     "load": ("device",),
@@ -35,10 +38,6 @@ SHAPE_OF_A_CLASS = """a model class looks like this:
         def load(self, device): ...      # once an instance: build the network, .eval().to(device)
         def forward(self, batch): ...    # [B, ...] -> [B, ...], one output for each item
 """
-
-_INTEGERS = {f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)}
-DATATYPES = frozenset({"BOOL", "FP16", "FP32", "FP64", "BF16", "BYTES"} | _INTEGERS)
-"""The Open Inference Protocol's names."""
 
 
 class ModelClassError(Exception):
@@ -85,8 +84,8 @@ def check_class(model_class: type, model_args: Mapping[str, Any]) -> None:
     for method, arguments in SIGNATURES.items():
         _check_method(model_class, method, arguments)
     _check_arguments(model_class, model_args)
-    parse_specs(getattr(model_class, "inputs", None), f"{model_class.__name__}.inputs", "input")
-    parse_specs(getattr(model_class, "outputs", None), f"{model_class.__name__}.outputs", "output")
+    parse_specs(declared_by(model_class, "inputs"), f"{model_class.__name__}.inputs", "input")
+    parse_specs(declared_by(model_class, "outputs"), f"{model_class.__name__}.outputs", "output")
 
 
 def _check_method(model_class: type, method: str, arguments: tuple[str, ...]) -> None:
@@ -143,12 +142,19 @@ def _nearest(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def declared_by(model: Any, name: str) -> Any:
+    """An optional attribute of a class or an instance; None without it, or while only an instance
+    can say: a property of a class."""
+    found = getattr(model, name, None)
+    return None if inspect.isclass(model) and hasattr(type(found), "__get__") else found
+
+
 def parse_specs(declared: Any, where: str, default_name: str) -> tuple[TensorSpec, ...]:
     """Read `inputs` or `outputs`: a list of (name, datatype, shape), the shape's first dim -1.
 
     None gives the contract's default, one FP32 tensor of any shape. Raises ModelClassError.
     """
-    if declared is None or isinstance(declared, property):  # a property is read on the instance
+    if declared is None:
         return (TensorSpec(default_name, "FP32", (-1,)),)
     if not isinstance(declared, (list, tuple)) or not declared:
         raise ModelClassError(f'{where} must be a list like [("x", "FP32", [-1, 4])]')
@@ -173,7 +179,33 @@ def _parse_spec(entry: Any, where: str) -> TensorSpec:
 
 
 def positive_number(value: Any) -> bool:
-    """True for a finite number above zero (bools are not numbers)."""
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """True for a finite number above zero, numpy's too (bools are not numbers)."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond float's range
+        return False
+    return math.isfinite(number) and number > 0
+
+
+def as_json(value: Any, where: str) -> Any:
+    """What JSON makes of the value (a tuple becomes a list). Raises ModelClassError, naming `where`."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()  # lone surrogates are no UTF-8
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ModelClassError(f"{where} must be a JSON value, as a caller would send it: {error}") from error
+
+
+def check_embeds(outputs: Sequence[TensorSpec], name: str) -> None:
+    """Raise ModelClassError unless an embedding's length is declared: OpenAI's clients ask for it."""
+    shape = outputs[0].shape
+    if len(shape) == 2 and shape[1] > 0:
+        return
+    wanted = f'outputs = [("{outputs[0].name}", "FP32", [-1, 384])]'
+    raise ModelClassError(
+        f"{name}.embeds is True, but its output {outputs[0].name!r} is declared as {list(shape)}: "
+        f"declare the length of the vector, like `{wanted}` (load may set it)"
     )

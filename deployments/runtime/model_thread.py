@@ -45,7 +45,8 @@ class ModelThread:
             elif isinstance(error, Exception):
                 future.set_exception(error)
             else:  # a future refuses StopIteration, and SystemExit would end the event loop
-                future.set_exception(RuntimeError(f"{type(error).__name__} in the model thread"))
+                text = f"{type(error).__name__}: {error}" if error.args else type(error).__name__
+                future.set_exception(RuntimeError(f"{text} in the model thread"))
 
         def run() -> None:
             value, error = None, None

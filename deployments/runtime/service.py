@@ -110,7 +110,7 @@ class ModelService:
         scheduler = self.batcher.scheduler
         full = min(self._limits.max_batch_size, self._limits.max_queue_items)
         for is_measured in (False, True):
-            scheduler.times = BatchTimeModel()  # first runs (allocations, packing) teach nothing
+            scheduler.admission.times = BatchTimeModel()  # first runs (allocations, packing) teach nothing
             for size in (1, full):
                 await self._warm_up_batch([items[i % len(items)] for i in range(size)])
             if not is_measured:
@@ -132,7 +132,7 @@ class ModelService:
 
     def _fitting(self, prepared: list[Prepared]) -> list[Example]:
         """As many of the examples as one batch, and the queue, may hold."""
-        limit = self.batcher.scheduler.max_batch_cost
+        limit = self.batcher.scheduler.admission.max_batch_cost
         if self._limits.max_queue_cost is not None:
             limit = min(limit, self._limits.max_queue_cost)
         fitting: list[Example] = []
@@ -163,7 +163,7 @@ class ModelService:
             slots=self._limits.slots,
             max_batch_cost=self._adapter.max_batch_cost if bound is None else bound,
         )
-        self.batcher.scheduler.limits = self._limits
+        self.batcher.scheduler.admission.limits = self._limits
 
     def check_health(self) -> None:
         """Raise RuntimeError when a model thread is gone or hangs; reads a heartbeat, runs nothing."""
@@ -180,7 +180,7 @@ class ModelService:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
             try:
-                self.figures.send(scheduler.waiting_items, scheduler.waiting_cost, self._limits.slots)
+                self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._limits.slots)
             except Exception:  # the loop's outermost edge
                 logger.exception("metrics_failed app=%s", self._app_name)
 
@@ -201,7 +201,7 @@ class ModelService:
         return self._limits
 
     def is_ready(self) -> bool:
-        return self._batcher is not None and not self._batcher.scheduler.is_draining
+        return self._batcher is not None and not self._batcher.scheduler.admission.is_draining
 
     def count_outcome(self, status: int, *, route: str) -> None:
         self.figures.count_request(status, route)
@@ -279,8 +279,8 @@ class ModelService:
             ) from None
         # What a newcomer's items add to its wait, pool and all; a tenth a time, so it follows slowly.
         scheduler = self.batcher.scheduler
-        took_s = (time.perf_counter() - started) / max(1, scheduler.reserved_items)
-        scheduler.prepare_item_s += 0.1 * (took_s - scheduler.prepare_item_s)
+        took_s = (time.perf_counter() - started) / max(1, scheduler.waiting.reserved)
+        scheduler.admission.prepare_item_s += 0.1 * (took_s - scheduler.admission.prepare_item_s)
         return prepared
 
     async def _prepare_on_pool(self, items: Sequence[Any]) -> list[Prepared]:
@@ -337,16 +337,16 @@ class ModelService:
         return {
             "application": self._app_name,
             "replica": self._replica,
-            "state": "draining" if scheduler.is_draining else "ready",
+            "state": "draining" if scheduler.admission.is_draining else "ready",
             "device": self._device,
             "uptime_s": round(now - figures.started, 3),
             "in_flight": self._in_flight,
             "queue": {
-                "items": scheduler.waiting_items,
-                "cost": scheduler.waiting_cost,
+                "items": len(scheduler.waiting),
+                "cost": scheduler.waiting.cost,
                 "oldest_age_ms": round(1e3 * scheduler.oldest_age_s(now), 3),
-                "predicted_wait_ms": round(1e3 * scheduler.predicted_wait_s(now), 3),
-                "learned_patience_s": scheduler.patience_s,
+                "predicted_wait_ms": round(1e3 * scheduler.admission.predicted_wait_s(now), 3),
+                "learned_patience_s": scheduler.admission.overload.patience_s,
             },
             "slots": {"total": self._limits.slots, "busy": len(scheduler.running)},
             "totals": {
@@ -355,7 +355,7 @@ class ModelService:
                 "cost": figures.cost,
                 "busy_s": round(figures.busy_s, 6),
                 "split_batches": figures.splits,
-                "refused": scheduler.counters.refused,
+                "refused": scheduler.admission.refused_items,
                 "expired": scheduler.counters.expired,
                 "cancelled": scheduler.counters.cancelled,
                 "requests": {str(status): count for status, count in sorted(figures.statuses.items())},
@@ -363,7 +363,7 @@ class ModelService:
             "recent": figures.recent(),
             "limits": {
                 "max_batch_size": self._limits.max_batch_size,
-                "max_batch_cost": _finite(scheduler.max_batch_cost),
+                "max_batch_cost": _finite(scheduler.admission.max_batch_cost),
                 "max_queue_items": self._limits.max_queue_items,
                 "cost_unit": self.card.cost_unit,
             },

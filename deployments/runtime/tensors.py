@@ -1,7 +1,7 @@
-"""JSON values to tensors and back: the defaults of a model's optional methods, as pure functions.
+"""Batches of tensors and what becomes of their outputs: defaults of a model's optional methods.
 
-Owns: reading nested lists, stacking, cutting, moving, finiteness. Must not know: model classes,
-threads, HTTP. Every refusal is an InvalidItem whose text says what was expected.
+Owns: stacking, cutting, moving, finiteness, outputs as JSON or arrays. Must not know: model classes,
+threads, HTTP. Every refusal is a ModelBroken; what callers send is read in items.py.
 """
 
 import math
@@ -12,23 +12,9 @@ import numpy as np
 import torch
 
 from deployments.core.contract import TensorSpec
-from deployments.core.errors import InvalidItem, ModelBroken
-
-NUMPY_TYPES: Mapping[str, Any] = {
-    "BOOL": np.bool_,
-    "UINT8": np.uint8,
-    "UINT16": np.uint16,
-    "UINT32": np.uint32,
-    "UINT64": np.uint64,
-    "INT8": np.int8,
-    "INT16": np.int16,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "FP16": np.float16,
-    "FP32": np.float32,
-    "FP64": np.float64,
-    "BF16": np.float32,  # numpy has none; nothing is lost in float32
-}
+from deployments.core.errors import ModelBroken
+from deployments.runtime.datatypes import NUMPY_TYPES
+from deployments.runtime.items import name_of
 
 
 class NonFinite:
@@ -36,97 +22,6 @@ class NonFinite:
 
 
 NON_FINITE = NonFinite()
-
-
-# Reading items
-
-
-def read_array(value: Any, datatype: str = "FP32") -> np.ndarray[Any, Any]:
-    """Turn a number or a nested list of numbers into an array of the protocol's `datatype`.
-
-    Raises InvalidItem for anything else: strings, null, booleans (except for BOOL), ragged or deeper
-    than numpy's 64 dimensions, or numbers that the datatype can't hold.
-    """
-    wanted = NUMPY_TYPES.get(datatype)
-    if wanted is None or isinstance(value, (str, bytes, Mapping)) or value is None:
-        raise InvalidItem(f"expected a number or a nested list of numbers, got {_name_of(value)}")
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise InvalidItem("the nested list is ragged or too deep: rows differ in length") from error
-    is_bool, wants_bool = array.dtype.kind == "b", wanted is np.bool_
-    if array.dtype.kind not in "biuf" or is_bool != wants_bool:
-        raise InvalidItem(
-            f"expected {'booleans' if wants_bool else 'numbers only'}, got {_first_wrong(array)}"
-        )
-    return _cast(array, np.dtype(wanted))
-
-
-def _cast(array: np.ndarray[Any, Any], wanted: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    if array.dtype != wanted:
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = array.astype(wanted)
-        if wanted.kind in "iu" and not np.array_equal(cast, array):
-            raise InvalidItem(f"expected whole numbers that fit {wanted.name}")
-        array = cast
-    if wanted.kind == "f" and not np.isfinite(array).all():
-        raise InvalidItem(f"a number is NaN, infinite, or too large for {wanted.name}")
-    return array
-
-
-def _first_wrong(array: np.ndarray[Any, Any]) -> str:
-    kinds = {"b": "booleans", "U": "a string", "S": "a string"}
-    if array.dtype.kind != "O":
-        return kinds.get(array.dtype.kind, str(array.dtype))
-    wrong = next((v for v in array.flat if not isinstance(v, (int, float))), "a number too large")
-    return wrong if wrong == "a number too large" else _name_of(wrong)
-
-
-def _name_of(value: Any) -> str:
-    names = {str: "a string", bytes: "raw bytes", dict: "an object", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def read_example(item: Any, inputs: Sequence[TensorSpec]) -> Any:
-    """The default `preprocess`: one tensor, or with several inputs a dict of them, one per name."""
-    if len(inputs) == 1:
-        return torch.from_numpy(read_array(item, inputs[0].datatype))
-    names = {spec.name for spec in inputs}
-    if not isinstance(item, Mapping) or set(item) != names:
-        raise InvalidItem(f"expected an object with exactly the keys {sorted(names)}")
-    return {spec.name: torch.from_numpy(read_array(item[spec.name], spec.datatype)) for spec in inputs}
-
-
-def plain_json(item: Any) -> Any:
-    """What a user's own `preprocess` gets: numeric arrays as lists, all else as it is."""
-    if isinstance(item, np.ndarray):
-        return item.tolist()
-    if isinstance(item, dict):
-        return {key: plain_json(value) for key, value in item.items()}
-    return item
-
-
-def shape_of_list(value: Any) -> tuple[int, ...]:
-    """Lengths along the first elements of a nested list; () for a number. Bounded at 64 deep."""
-    if isinstance(value, np.ndarray):
-        return tuple(value.shape)
-    shape: list[int] = []
-    while isinstance(value, (list, tuple)) and len(shape) < 64:
-        shape.append(len(value))
-        value = value[0] if value else None
-    return tuple(shape)
-
-
-def check_dims(found: Sequence[int], wanted: Sequence[int], name: str = "") -> None:
-    """Raise InvalidItem where one item's shape contradicts `wanted` (-1 takes any)."""
-    if len(found) == len(wanted) and all(w in (-1, f) for f, w in zip(found, wanted, strict=True)):
-        return
-    where = f" for {name!r}" if name else ""
-    raise InvalidItem(f"expected shape {show_dims(wanted)}{where}, got {show_dims(found)}")
-
-
-def show_dims(dims: Sequence[int]) -> str:
-    return "[" + ", ".join("any" if dim == -1 else str(dim) for dim in dims) + "]"
 
 
 # Batches
@@ -183,7 +78,7 @@ def cut(outputs: Any, n: int) -> list[Any]:
     if isinstance(outputs, list):
         check_count(len(outputs), n)
         return outputs
-    raise ModelBroken(f"forward returned {_name_of(outputs)}, which can't be split for a batch of {n}")
+    raise ModelBroken(f"forward returned {name_of(outputs)}, which can't be split for a batch of {n}")
 
 
 def check_count(count: int | None, n: int) -> None:
@@ -296,8 +191,16 @@ def _as_datatype(part: Any, spec: TensorSpec) -> Any:
     if isinstance(part, torch.Tensor):
         part = to_cpu(part).numpy()
     if spec.datatype == "BYTES":
-        return [part] if isinstance(part, (str, bytes)) else list(part)
+        return _as_strings(part, spec)
     try:
         return np.asarray(part, dtype=NUMPY_TYPES[spec.datatype])
     except (ValueError, TypeError) as error:
         raise ModelBroken(f"output {spec.name!r} is not a {spec.datatype} tensor") from error
+
+
+def _as_strings(part: Any, spec: TensorSpec) -> Any:
+    """One item's strings; where the only dimension counts the items, the one string itself."""
+    if isinstance(part, np.ndarray):
+        part = part.tolist()
+    strings = [part] if isinstance(part, (str, bytes)) else list(part)
+    return strings[0] if len(spec.shape) == 1 and len(strings) == 1 else strings

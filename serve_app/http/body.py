@@ -1,8 +1,9 @@
 """Reading a request's body: whole, within its limits, decompressed.
 
 Owns: `max_body_bytes` (by Content-Length before a byte is read, by counting where there is none), the
-bytes of all bodies in hand together, asking for room before a big one is read, the stall timeout, gzip and deflate with protection against decompression bombs, clients that leave
-half-way. Must not know: what the bytes mean.
+bytes of all bodies in hand together, asking for room before a big one is read, the stall timeout,
+gzip and deflate with protection against decompression bombs, clients that leave half-way. Must not
+know: what the bytes mean.
 
 Content-Encoding per RFC 9110, 8.4.1: "deflate" is the zlib format, but bare deflate streams are sent
 under that name too, so both are read.

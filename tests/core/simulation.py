@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from deployments.core.contract import Limits
 from deployments.core.errors import Refusal
-from deployments.core.scheduler import Batch, Scheduler
-from deployments.core.submission import Example, Result, Submission
+from deployments.core.scheduler import Scheduler
+from deployments.core.submission import Batch, Example, Result, Submission
 
 
 @dataclass

@@ -8,8 +8,8 @@ import pytest
 from deployments.core.batcher import Batcher, BatchReport
 from deployments.core.contract import Limits
 from deployments.core.errors import DeadlinePassed, Draining, InvalidItem, Overloaded, RequestTooLarge
-from deployments.core.scheduler import Batch, Scheduler
-from deployments.core.submission import Example, Result, Submission
+from deployments.core.scheduler import Scheduler
+from deployments.core.submission import Batch, Example, Result, Submission
 from tests.core.virtual_time import run
 
 Begins = Callable[[], None]
@@ -166,7 +166,7 @@ async def test_a_request_of_only_too_big_items_is_answered() -> None:
     batcher, _ = make(Limits(max_batch_cost=10.0))
     submission = await batcher.submit([Example("big", cost=11.0)], timeout_s=9.0)
     assert isinstance(outputs(submission)[0], InvalidItem)
-    assert batcher.scheduler.waiting_items == 0
+    assert len(batcher.scheduler.waiting) == 0
 
 
 @virtual
@@ -206,7 +206,7 @@ async def test_a_cancelled_item_leaves_the_queue() -> None:
     gone.cancel()
     await asyncio.gather(first, stays)
     assert executor.batches == [["first"], ["stays"]]
-    assert batcher.scheduler.waiting_items == 0
+    assert len(batcher.scheduler.waiting) == 0
 
 
 @virtual
@@ -331,7 +331,7 @@ async def test_ended_requests_with_long_deadlines_are_forgotten() -> None:
     for _ in range(40):
         await asyncio.gather(*(ask(batcher, i, timeout_s=86_400.0) for i in range(50)))
     await last
-    assert len(batcher.scheduler._deadlines) < 300
+    assert len(batcher.scheduler.waiting._deadlines) < 300
 
 
 @virtual

@@ -66,7 +66,7 @@ def test_a_load_generator_that_is_stopped_does_not_look_like_impatience() -> Non
     for _ in range(64):
         simulation.at(0.451, simulation.arrive)
     assert simulation.run().refused == 0
-    assert simulation.scheduler.patience_s is None
+    assert simulation.scheduler.admission.overload.patience_s is None
 
 
 def test_overload_that_ends_is_forgotten() -> None:
@@ -74,7 +74,7 @@ def test_overload_that_ends_is_forgotten() -> None:
     simulation.poisson(160.0, 10.0, lambda: simulation.arrive(patience_s=0.5))
     simulation.poisson(60.0, 40.0, simulation.arrive, start=10.0)
     simulation.run()
-    assert simulation.scheduler.patience_s is None
+    assert simulation.scheduler.admission.overload.patience_s is None
 
 
 @pytest.mark.parametrize(("rate", "limit_s"), [(150.0, 0.120), (5.0, 0.050)])

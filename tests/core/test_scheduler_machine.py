@@ -8,8 +8,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from deployments.core.contract import Limits
 from deployments.core.errors import Refusal, RequestTooLarge
-from deployments.core.scheduler import Batch, Scheduler
-from deployments.core.submission import Example, Result, Submission
+from deployments.core.scheduler import Scheduler
+from deployments.core.submission import Batch, Example, Result, Submission
 
 LIMITS = Limits(max_batch_size=4, max_batch_cost=10.0, slots=2, max_queue_items=12, max_queue_cost=60.0)
 
@@ -34,13 +34,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit(self, costs: list[float], keys: int, priority: int, timeout_s: float) -> Submission | None:
         examples = [Example(i, i % (keys + 1), cost) for i, cost in enumerate(costs)]
-        waiting = self.scheduler.waiting_items
+        waiting = len(self.scheduler.waiting)
         try:
             submission = self.scheduler.submit(
                 examples, self.now, timeout_s=timeout_s, priority=priority, on_done=self._on_done
             )
         except (Refusal, RequestTooLarge):
-            assert self.scheduler.waiting_items == waiting  # none begun, none queued
+            assert len(self.scheduler.waiting) == waiting  # none begun, none queued
             return None
         self.alive.append(submission)
         return submission
@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         oldest = self.scheduler.oldest_age_s(self.now)
         batch = self.scheduler.form_batch(self.now)
         if batch is None:
-            assert not self.scheduler.waiting_items
+            assert not len(self.scheduler.waiting)
             return
         assert 1 <= len(batch.items) <= LIMITS.max_batch_size
         assert batch.cost <= 10.0 + 1e-9
@@ -88,9 +88,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def what_waits_is_accounted_for(self) -> None:
         waiting = [item for s in self.alive for item in s.waiting.values()]
-        assert len(waiting) == self.scheduler.waiting_items <= LIMITS.max_queue_items
+        assert len(waiting) == len(self.scheduler.waiting) <= LIMITS.max_queue_items
         cost = sum(item.example.cost for item in waiting)
-        assert math.isclose(cost, self.scheduler.waiting_cost, abs_tol=1e-6)
+        assert math.isclose(cost, self.scheduler.waiting.cost, abs_tol=1e-6)
         assert cost <= 60.0 + 1e-6
 
     @invariant()
@@ -98,7 +98,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(count == 1 for count in self.ended.values())
 
     def teardown(self) -> None:
-        while self.batches or self.scheduler.waiting_items:
+        while self.batches or len(self.scheduler.waiting):
             self.start_a_batch()
             self.finish_a_batch(0.1)
         for submission in self.alive:

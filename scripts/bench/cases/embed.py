@@ -72,7 +72,7 @@ def run(*, is_short: bool) -> Report:
 
 def against_offline(port: int, endpoint: Endpoint, *, is_short: bool) -> dict[str, Any]:
     """The same turns for a server that isn't ours."""
-    rounds, slice_s = (1, 3.0) if is_short else (5, 5.0)
+    rounds, slice_s = (1, 3.0) if is_short else (4, 5.0)
     bodies = [endpoint.body(text) for text in inputs.texts()]
 
     def serve(connections: int) -> float:

@@ -163,7 +163,7 @@ def measure(name: str, peer: Peer, *, is_short: bool) -> Report:
     with PeerServer(peer, "sleep", TUNED_TIMEOUT_S) as server:
         sleeping["twice_tuned"] = _sleep(server.port, endpoint, 2.0, is_short=is_short)
     with PeerServer(peer, "poison") as server:
-        poison = poisoned(server.port, endpoint, requests=400 if is_short else 4000)
+        poison = poisoned(server.port, endpoint, requests=400 if is_short else 2000)
         say(f"  poison: {poison}")
     figures = {"embed": embed, "overload": {"sleep": sleeping, "minilm": minilm}, "poison": poison}
     config = {
@@ -176,7 +176,7 @@ def measure(name: str, peer: Peer, *, is_short: bool) -> Report:
 
 
 def _sleep(port: int, endpoint: Endpoint, share: float, *, is_short: bool) -> dict[str, Any]:
-    duration_s, warm_up_s = (8.0, 4.0) if is_short else (25.0, 5.0)
+    duration_s, warm_up_s = (8.0, 4.0) if is_short else (20.0, 5.0)
     offer = Offer([1.0], share * CAPACITY, duration_s, warm_up_s)
     found = impatient(port, endpoint, offer, says_so=False, capacity=CAPACITY)
     say(f"  sleep x {share:g}: {found}")
