@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from deployments.core.contract import Limits
 from deployments.core.errors import Draining, Overloaded, RequestTooLarge
 from deployments.core.estimate import BatchTimeModel
-from deployments.core.overload import OverloadControl
+from deployments.core.overload import HEADROOM, OverloadControl
 from deployments.core.submission import Batch
 from deployments.core.waiting import Waiting
 
 QUEUE_BATCHES = 64
 """Default bound of the queue's cost, in full batches (CONTRACT: `max_queue_cost`)."""
+BATCH_SHARE = 1 / 3
+"""In a standing queue a batch takes at most this share of the time a client gives us: the rest is for
+waiting behind the batch that runs. Longer batches would be full, and late."""
 FILL_MEMORY = 0.8
 """Weight of the past in how full batches get under a backlog."""
 
@@ -95,7 +98,7 @@ class Admission:
         if is_idle and has_room:
             self.overload.on_slot_idle(now)
             return
-        batch_s = self.full_batch_s()
+        batch_s = self.full_batch_s(now, entry.timeout_s)
         wait_s = self._wait_s(now, batch_s, entry.priority)
         allowed_s = self._allowed_wait_s(now, wait_s, batch_s, entry.timeout_s)
         if has_room and wait_s <= allowed_s:
@@ -120,7 +123,7 @@ class Admission:
         is_standing = self.overload.is_standing(now, batch_s)
         # An answer that comes after the caller's own deadline is work for nobody. While the server
         # keeps up the contract's word holds (begin in time); in a standing queue, ending counts.
-        deadline_s = timeout_s - batch_s if is_standing and wait_s > 0.0 else timeout_s
+        deadline_s = HEADROOM * timeout_s - batch_s if is_standing and wait_s > 0.0 else timeout_s
         bound_s = auto_s if self.limits.max_queue_s is None else self.limits.max_queue_s
         return min(bound_s, deadline_s)
 
@@ -128,7 +131,7 @@ class Admission:
 
     def predicted_wait_s(self, now: float, priority: int = 0) -> float:
         """Until a newcomer would begin: preprocessing, slots' rest, and the batches ahead of it."""
-        return self._wait_s(now, self.full_batch_s(), priority)
+        return self._wait_s(now, self.full_batch_s(now), priority)
 
     def _wait_s(self, now: float, batch_s: float, priority: int) -> float:
         free_in_s = self._waiting.reserved * self.prepare_item_s
@@ -144,10 +147,23 @@ class Admission:
             return by_items
         return max(by_items, int(self._waiting.cost * ahead / len(self._waiting) // limit))
 
-    def full_batch_s(self) -> float:
-        """Seconds of a batch filled from what waits now."""
+    def full_batch_s(self, now: float, budget_s: float = math.inf) -> float:
+        """Seconds of a batch filled from what waits now, for clients that give us `budget_s`."""
         waiting = len(self._waiting)
         if not waiting:
             return self.times.predict_s(0.0)
         fill = min(self._backlog_fill, waiting)
-        return self.times.predict_s(min(self.max_batch_cost, self._waiting.cost / waiting * fill))
+        cost = min(self.max_batch_cost, self._waiting.cost / waiting * fill)
+        batch_s = self.times.predict_s(cost)
+        return self.times.predict_s(min(cost, self._timely_cost(now, budget_s, batch_s)))
+
+    def cost_limit(self, now: float, budget_s: float) -> float:
+        """What the next batch may cost: memory's bound, and in a standing queue also time's."""
+        return min(self.max_batch_cost, self._timely_cost(now, budget_s, self.full_batch_s(now)))
+
+    def _timely_cost(self, now: float, budget_s: float, batch_s: float) -> float:
+        patience_s = self.overload.patience_s
+        budget_s = budget_s if patience_s is None else min(budget_s, patience_s)
+        if not self.overload.is_standing(now, batch_s):
+            return math.inf
+        return self.times.cost_within(BATCH_SHARE * budget_s)

@@ -4,9 +4,11 @@ Owns: seconds as a function of a batch's cost. Must not know: queues, slots.
 Source: least squares with exponential forgetting (recursive sums, no history kept).
 """
 
-FORGET = 0.97
-"""Weight of the past at each new batch: about the last 33 batches count, so a model that becomes
-slower (a neighbour on the machine, thermal limits) is believed within a second or two."""
+import math
+
+FORGET = 0.9
+"""Weight of the past at each new batch: about the last 10 count, so that a model that becomes slower
+(a second slot that runs beside it, a neighbour on the machine) is believed after a few batches."""
 
 
 class BatchTimeModel:
@@ -32,13 +34,26 @@ class BatchTimeModel:
 
     def predict_s(self, cost: float) -> float:
         """Expected seconds of a batch of total `cost`; 0 before anything was measured."""
+        base_s, slope = self._line()
+        return base_s + slope * cost
+
+    def cost_within(self, seconds: float) -> float:
+        """The cost of a batch that takes `seconds`; infinite where smaller batches would not help,
+        because most of the time is not for the items."""
+        base_s, slope = self._line()
+        if slope <= 0.0 or base_s > seconds / 2.0:
+            return math.inf
+        return (seconds - base_s) / slope
+
+    def _line(self) -> tuple[float, float]:
+        """(seconds at cost 0, seconds a unit of cost), neither negative."""
         if not self.is_measured:
-            return 0.0
+            return 0.0, 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
         spread = self._xx / self._n - mean_x * mean_x
         # Batches of one size only (spread ~ 0) tell nothing of a slope: then the mean is the answer.
         if spread <= 1e-9 * max(1.0, mean_x * mean_x):
-            return mean_y
+            return mean_y, 0.0
         slope = max(0.0, (self._xy / self._n - mean_x * mean_y) / spread)
         slope = min(slope, mean_y / mean_x)  # a negative base would predict negative time
-        return mean_y + slope * (cost - mean_x)
+        return mean_y - slope * mean_x, slope

@@ -14,7 +14,7 @@ Jacobson, "Controlling Queue Delay", ACM Queue 2012 (a standing queue is one tha
 from collections import deque
 
 STANDING_AFTER_S = 0.1
-"""A queue that no batch has emptied for this long stands (Maurer's N; twice a batch if longer)."""
+"""A queue that no batch has emptied for this long stands (Maurer's N; a batch if that is longer)."""
 FORGET_AFTER_S = 3.0
 """So long without a standing queue, and what was learned of the clients' patience is forgotten."""
 WINDOW_S = 2.0
@@ -54,7 +54,7 @@ class OverloadControl:
     def is_standing(self, now: float, batch_s: float) -> bool:
         if self._last_empty is None:
             self._last_empty = now
-        standing = now - self._last_empty > max(STANDING_AFTER_S, 2.0 * batch_s)
+        standing = now - self._last_empty > max(STANDING_AFTER_S, batch_s)
         if standing:
             self._standing_until = now
         elif now - self._standing_until > FORGET_AFTER_S:
@@ -64,10 +64,10 @@ class OverloadControl:
     def on_answered(self, now: float, items: int) -> None:
         self._answered.append((now, items))
 
-    def on_give_up(self, now: float, age_s: float, batch_s: float) -> None:
-        """A client left after `age_s`, its item waiting or running."""
-        if age_s < batch_s:
-            return  # who can't wait for one batch can't be served; nor may it teach for the others
+    def on_give_up(self, now: float, age_s: float, batch_s: float, alone_s: float) -> None:
+        """A client left after `age_s`, its item waiting or running; alone it would take `alone_s`."""
+        if age_s < alone_s:
+            return  # who can't wait for its own run can't be served; nor may it teach for the others
         self._gave_up.append((now, age_s))
         if not self.is_standing(now, batch_s):
             return

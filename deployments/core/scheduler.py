@@ -123,8 +123,10 @@ class Scheduler:
     def cancel(self, submission: Submission, now: float) -> None:
         """The client left: what waits leaves the queue now, what runs is computed for nobody."""
         submission.cancelled = True
-        batch_s = self.admission.full_batch_s()
-        self.admission.overload.on_give_up(now, now - submission.arrived, batch_s)
+        batch_s = self.admission.full_batch_s(now)
+        costs = [example.cost for example in submission.examples]
+        alone_s = self.admission.times.predict_s(min(costs, default=0.0))
+        self.admission.overload.on_give_up(now, now - submission.arrived, batch_s, alone_s)
         self.counters.cancelled += len(self.waiting.take_all(submission))
 
     def expire(self, now: float) -> None:
@@ -178,7 +180,7 @@ class Scheduler:
 
     def _ordered(self, now: float) -> list[Item]:
         items = list(self.waiting)
-        batch_s = self.admission.full_batch_s()
+        batch_s = self.admission.full_batch_s(now)
         if self.admission.overload.prefers_newest(now, self.oldest_age_s(now), batch_s):
             items.sort(key=lambda item: (item.submission.priority, -item.serial))
             return items
@@ -192,7 +194,8 @@ class Scheduler:
         return items
 
     def _fill(self, ordered: list[Item], now: float) -> Batch:
-        head, limit = ordered[0], self.admission.max_batch_cost
+        head = ordered[0]
+        limit = self.admission.cost_limit(now, head.submission.deadline - head.submission.arrived)
         chosen, cost = [head], head.example.cost
         mates = [item for item in ordered[1:] if item.example.key == head.example.key]
         if self._mates_by_cost:

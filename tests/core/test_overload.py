@@ -91,3 +91,12 @@ def test_under_a_backlog_batches_are_full() -> None:
         simulation.at(0.0, simulation.arrive)
     fills = simulation.run().fills[1:-1]  # the first item finds the slot idle and goes alone
     assert sum(fills) / len(fills) >= 0.95 * 16
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_batches_that_would_take_longer_than_clients_wait_are_made_smaller(said: bool) -> None:
+    # As MiniLM on a slow machine: time goes with cost, a full batch takes 1.3 s in each of two slots.
+    simulation = Simulation(Limits(max_batch_size=32, slots=2), lambda cost: 0.005 + 0.04 * cost)
+    client = {"patience_s": 1.0, "timeout_s": 1.0} if said else {"patience_s": 1.0}
+    simulation.poisson(100.0, 30.0, lambda: simulation.arrive(**client))
+    assert simulation.run().answered_in_time >= (0.9 if said else 0.8) * 50.0 * 30.0
