@@ -1,4 +1,8 @@
-"""Nobody else there: what the way adds to one request. p50 over HTTP minus p50 in process."""
+"""Nobody else there: what the way adds to one request. p50 over HTTP minus p50 in process.
+
+Read `minilm` beside `strangers_cores`: two threads that meet at each operator wait for a core that
+another program holds, in process most of all, and the difference may even be negative.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +12,7 @@ from scripts.bench.endpoint import ours
 from scripts.bench.report import Report, most, say
 from scripts.bench.saturate import client_name, saturate
 from scripts.bench.server import Server, application
+from scripts.bench.turns import Strangers
 
 
 def run(*, is_short: bool) -> Report:
@@ -18,6 +23,7 @@ def run(*, is_short: bool) -> Report:
     }
     figures: dict[str, Any] = {}
     with Server(*(application(name, model) for name, (model, _, _) in cases.items())) as server:
+        watch = Strangers()
         for name, (_, item, make) in cases.items():
             body = ours(name).body(item)
             added = []
@@ -35,6 +41,7 @@ def run(*, is_short: bool) -> Report:
             keys = ("added_p50_ms", "http_p50_ms", "in_process_p50_ms", "http_p99_ms")
             figures[name] = dict(zip(keys, (round(value, 3) for value in middle), strict=True))
             say(f"  {name}: {figures[name]}")
+        figures["strangers_cores"] = round(watch.cores(), 3)
     return Report(
         "idle",
         figures,

@@ -13,6 +13,7 @@ from scripts.bench.processes import CpuMeter
 from scripts.bench.report import Report, most, say
 from scripts.bench.saturate import client_name, saturate
 from scripts.bench.server import Server, application, plain_application
+from scripts.bench.turns import Strangers
 
 PATHS = {"noop": "/noop/predict", "tensor_noop": "/tensor/predict", "echo": "/echo/"}
 
@@ -35,6 +36,7 @@ def run(*, is_short: bool) -> Report:
         time.sleep(2 if is_short else 10)
         idle_s, _, wall_s = meter.stop()
         idle_cores = idle_s / wall_s
+        watch = Strangers()
         for number in range(rounds):
             for name, path in PATHS.items():
                 before = _served(server, name)
@@ -59,6 +61,7 @@ def run(*, is_short: bool) -> Report:
                     for name, runs in found.items()
                 )
             )
+        strangers_cores = watch.cores()
     keys = ("requests_per_s", "cpu_ms_per_request", "p50_ms", "p99_ms", "failed")
     figures: dict[str, Any] = {
         name: {key: round(median(run[key] for run in runs), 4) for key in keys}
@@ -74,6 +77,7 @@ def run(*, is_short: bool) -> Report:
             3,
         )
     figures["idle_cores"] = round(idle_cores, 4)
+    figures["strangers_cores"] = round(strangers_cores, 3)
     return Report(
         "noop",
         figures,
