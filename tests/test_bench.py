@@ -16,7 +16,7 @@ from scripts.bench.client import BROKEN, GAVE_UP, Plan, Sample, Shot, parse_resp
 from scripts.bench.endpoint import ours
 from scripts.bench.processes import CpuMeter, Tree, free_port
 from scripts.bench.report import Report, least, most
-from scripts.bench.saturate import saturate
+from scripts.bench.saturate import burst_rate, saturate
 from scripts.bench.table import TITLES, render
 
 
@@ -166,3 +166,10 @@ def test_page_names_what_was_not_measured_and_what_fell_short() -> None:
     page = render({"poison": report.to_json()})
     assert "| `innocents_failed` | <= 0 | 2 | **no** |" in page
     assert page.count("not measured") == len(TITLES) - 1
+
+
+def test_rate_is_taken_from_burst_to_burst() -> None:
+    bursts = [0.1 + 0.5 * n + 0.001 * i for n in range(8) for i in range(32)]
+    assert burst_rate(bursts, 4.0) == pytest.approx(64.0)
+    assert burst_rate(bursts[:32], 4.0) == 8.0  # one burst tells no period
+    assert burst_rate([], 4.0) == 0.0

@@ -104,6 +104,7 @@ class Admission:
         if has_room and wait_s <= allowed_s:
             return
         self.refused_items += entry.items
+        self.overload.on_refused(now)
         retry_after_s = max(1, math.ceil(wait_s - (max(0.0, allowed_s) if has_room else 0.0)))
         raise Overloaded(
             f"no room within the allowed wait: {len(waiting)} items are waiting, about "

@@ -17,6 +17,8 @@ STANDING_AFTER_S = 0.1
 """A queue that no batch has emptied for this long stands (Maurer's N; a batch if that is longer)."""
 FORGET_AFTER_S = 3.0
 """So long without a standing queue, and what was learned of the clients' patience is forgotten."""
+IDLE_FORGETS_AFTER_S = 1.0
+"""The same at once where a slot is idle, if the last refusal or give-up is this long ago."""
 WINDOW_S = 2.0
 """Give-ups and answers are weighed over this window."""
 GIVE_UP_SHARE = 0.1
@@ -37,6 +39,7 @@ class OverloadControl:
     def __init__(self) -> None:
         self._last_empty: float | None = None
         self._standing_until = float("-inf")
+        self._last_sign = float("-inf")  # of overload: a refusal, a client that gave up
         self._gave_up: deque[tuple[float, float]] = deque(maxlen=512)  # (when, age)
         self._answered: deque[tuple[float, int]] = deque(maxlen=512)  # (when, items)
         self.patience_s: float | None = None
@@ -48,8 +51,13 @@ class OverloadControl:
     def on_slot_idle(self, now: float) -> None:
         """Call when a newcomer finds a slot free and nobody waiting: there is no overload."""
         self._last_empty = now
-        self.patience_s = None
-        self._gave_up.clear()
+        # With several slots one can be idle for a moment in the midst of an overload.
+        if now - self._last_sign > IDLE_FORGETS_AFTER_S:
+            self.patience_s = None
+            self._gave_up.clear()
+
+    def on_refused(self, now: float) -> None:
+        self._last_sign = now
 
     def is_standing(self, now: float, batch_s: float) -> bool:
         if self._last_empty is None:
@@ -69,6 +77,7 @@ class OverloadControl:
         if age_s < alone_s:
             return  # who can't wait for its own run can't be served; nor may it teach for the others
         self._gave_up.append((now, age_s))
+        self._last_sign = now
         if not self.is_standing(now, batch_s):
             return
         since = now - WINDOW_S

@@ -5,6 +5,7 @@ NAME is a benchmark, `all` of them, `peers` (the same loads on other servers) or
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
 def main() -> int:
     options = _parse()
+    # A benchmark that is told to stop stops its server too: `with` needs an exception to unwind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.name == "table":
         return _table()
     if options.name == "peers":

@@ -90,23 +90,26 @@ def steady(
     load = run_load(Plan(port, shots, connections, WARM_UP_S + duration_s))
     good = [sample for sample in load.samples if sample.status == 200]
     ends_s = sorted(sample.at_s + sample.latency_s for sample in good)
-    rate = burst_rate([end_s for end_s in ends_s if end_s >= WARM_UP_S])
+    rate = burst_rate([end_s for end_s in ends_s if end_s >= WARM_UP_S], duration_s)
     failed = len(load.samples) - len(good)
     return Saturation(rate, latency_ms(good, 0.5), latency_ms(good, 0.99), failed)
 
 
-def burst_rate(ends_s: Sequence[float]) -> float:
-    """Answers/s between the end of the first burst and the end of the last; ascending times in."""
+def burst_rate(ends_s: Sequence[float], window_s: float) -> float:
+    """Answers/s between the end of the first burst and the end of the last; ascending times in.
+
+    Without two bursts: answers over the whole window.
+    """
     if len(ends_s) < 3:
-        return 0.0
+        return len(ends_s) / window_s
     gaps_s = [later - earlier for earlier, later in itertools.pairwise(ends_s)]
     # Half of the third largest: a stall or two must not hide the gaps between batches.
     limit_s = sorted(gaps_s)[-min(3, len(gaps_s))] / 2
     marks = [i for i, gap_s in enumerate(gaps_s) if gap_s >= limit_s]
     first, last = marks[0], marks[-1]
-    if first == last:
-        first, last = 0, len(ends_s) - 1
-    return (last - first) / max(1e-9, ends_s[last] - ends_s[first])
+    if ends_s[last] - ends_s[first] < window_s / 3:
+        return len(ends_s) / window_s
+    return (last - first) / (ends_s[last] - ends_s[first])
 
 
 def client_name() -> str:
