@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve._private.constants import SERVE_LOGGER_NAME
 
 from deployments.core.contract import Limits, Service
 from deployments.core.submission import Result
@@ -25,8 +26,6 @@ from deployments.runtime.adapter import Adapter, load_class
 from deployments.runtime.device import choose_device
 from deployments.runtime.executor import Group
 from deployments.runtime.service import ModelService
-
-logger = logging.getLogger(__name__)
 
 GC_AFTER_ALLOCATIONS = 50_000
 
@@ -62,8 +61,14 @@ class DynamicBatching:
         self, spec: ModelSpec, limits: Limits, make_app: AppFactory, change_limits: ChangeLimits
     ) -> None:
         self._base_limits = limits
-        # `_run_batch` belongs to the class; this replica's bounds are set on it here.
-        self._run_batch.set_max_batch_size(limits.max_batch_size)
+        _log_with_ray()
+        # No wait, and no batch_size_fn: one that raises hangs its callers for ever (ray#66140). Twice
+        # the slots: a group that Ray cut in two holds two permits.
+        self._run_batch = serve.batch(
+            max_batch_size=limits.max_batch_size,
+            batch_wait_timeout_s=0.0,
+            max_concurrent_batches=2 * limits.slots,
+        )(run_entries)
         self._make_app, self._change_limits = make_app, change_limits
         context = serve.get_replica_context()
         self._service = ModelService(
@@ -101,17 +106,25 @@ class DynamicBatching:
         """Carry a group through `@serve.batch`: all its items enter before Ray's loop wakes."""
         await asyncio.gather(*(self._run_batch(Entry(group, i)) for i in range(group.size)))
 
-    # Twice 64 slots: a group that Ray cut in two holds two permits. No wait, no batch_size_fn (one
-    # that raises hangs its callers for ever, ray#66140).
-    @serve.batch(  # type: ignore[untyped-decorator]
-        max_batch_size=32, batch_wait_timeout_s=0.0, max_concurrent_batches=128
-    )
-    async def _run_batch(self, entries: Sequence[Entry]) -> list[Result]:
-        """One result an entry, in order; never raises. Two groups that Ray merged run side by side."""
-        groups = {id(entry.group): entry.group for entry in entries}
-        results = await asyncio.gather(*(group.run() for group in groups.values()))
-        by_group = dict(zip(groups, results, strict=True))
-        return [by_group[id(entry.group)][entry.index] for entry in entries]
+
+async def run_entries(entries: Sequence[Entry]) -> list[Result]:
+    """The function under `@serve.batch`: one result an entry, in order; never raises.
+
+    Two groups that Ray merged run side by side.
+    """
+    groups = {id(entry.group): entry.group for entry in entries}
+    results = await asyncio.gather(*(group.run() for group in groups.values()))
+    by_group = dict(zip(groups, results, strict=True))
+    return [by_group[id(entry.group)][entry.index] for entry in entries]
+
+
+def _log_with_ray() -> None:
+    """Our log lines go where Ray's of this replica go, with their level: on their own they would end
+    on stderr, which Ray buffers line by line as INFO until the replica stops."""
+    for name in ("deployments", "serve_app"):
+        logger = logging.getLogger(name)
+        logger.parent = logging.getLogger(SERVE_LOGGER_NAME)
+        logger.setLevel(logging.INFO)
 
 
 def instances(spec: ModelSpec, slots: int) -> list[Adapter]:

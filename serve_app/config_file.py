@@ -296,6 +296,8 @@ class _Check:
             return
         if is_complete and name not in names:
             self.note(where, f"module {module!r} has no class {name!r}{nearest(name, names)}")
+        for method in _missing_methods(source, name):
+            self.note(where, f"class {name} has no {method}; add `def {method}`")
 
     def deployments(self, value: Any, where: str, *, is_ours: bool) -> None:
         if value is None:
@@ -380,6 +382,22 @@ def _source(module: str, folder: Path) -> str | None:
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
     return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _missing_methods(source: str, name: str) -> list[str]:
+    """Of the two methods that a model must have those that its class does not show; a class with
+    bases or decorators may get them from there, and one made in another way isn't looked at."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            if node.bases or node.keywords or node.decorator_list:
+                return []
+            shown = {getattr(part, "name", None) for part in node.body}
+            shown |= {
+                t.id for p in node.body if isinstance(p, ast.Assign) for t in p.targets if hasattr(t, "id")
+            }
+            required = {"load": "load(self, device)", "forward": "forward(self, batch)"}
+            return [signature for method, signature in required.items() if method not in shown]
+    return []
 
 
 def _top_names(source: str) -> tuple[set[str], bool]:

@@ -203,7 +203,8 @@ def _why(status: Any) -> str:
     messages = [status.app_status.message]
     messages += [d.message for d in status.deployment_statuses if d.message]
     text = max(messages, key=len)
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    # Python marks the place in the line above with carets; out of place they say nothing.
+    lines = [line.rstrip() for line in text.splitlines() if line.strip(" ^~")]
     return "\n".join(f"    {line}" for line in lines[-12:])
 
 

@@ -15,6 +15,8 @@ from serve_app.config_file import ConfigError, check_file
 
 ROOT = Path(__file__).parent.parent
 
+MODEL = "class Doubler:\n    def load(self, device): ...\n    def forward(self, batch): ...\n"
+
 
 def embed() -> dict[str, Any]:
     return {
@@ -28,7 +30,7 @@ def embed() -> dict[str, Any]:
 
 def problems(tmp_path: Path, content: Any) -> str:
     """The message with which the file is refused."""
-    (tmp_path / "my_model.py").write_text("class Doubler: ...\n")
+    (tmp_path / "my_model.py").write_text(MODEL)
     path = tmp_path / "config.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(ConfigError) as caught:
@@ -55,7 +57,7 @@ def test_the_shipped_file_is_right() -> None:
 
 
 def test_a_users_own_model_beside_the_file_is_found(tmp_path: Path) -> None:
-    (tmp_path / "my_model.py").write_text("raise SystemExit('never run by the check')\nclass Doubler: ...\n")
+    (tmp_path / "my_model.py").write_text("raise SystemExit('never run by the check')\n" + MODEL)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"applications": [embed()]}))
     (app,) = check_file(tmp_path / "c.yaml", tmp_path).apps
     assert (app.name, app.model, app.is_ours) == ("embed", "my_model:Doubler", True)
@@ -238,3 +240,15 @@ def test_serve_env_beside_the_config_file_comes_first(tmp_path: Path) -> None:
 def test_a_line_that_is_no_assignment_is_named() -> None:
     with pytest.raises(environment.EnvFileError, match="line 2: expected KEY=VALUE"):
         environment.parse("A=1\nB 2\n")
+
+
+def test_a_model_class_without_forward_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text("class Half:\n    def load(self, device):\n        pass\n")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "applications:\n"
+        "  - {name: half, route_prefix: /half, import_path: 'serve_app.builder:dynamic',"
+        " args: {model: 'half:Half'}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"Half has no forward\(self, batch\)"):
+        check_file(file, tmp_path)

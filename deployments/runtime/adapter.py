@@ -73,6 +73,7 @@ class Adapter:
         self.inputs = self._specs(model, "inputs", "input")
         self.outputs = self._specs(model, "outputs", "output")
         self._has_inputs = declared_by(model, "inputs") is not None
+        self.declares_outputs = getattr(model, "outputs", None) is not None
         self.pads = bool(getattr(model, "pads", False))
         bound = declared_by(model, "max_batch_cost")
         if bound is not None and not positive_number(bound):

@@ -60,7 +60,8 @@ class Report:
             detail = f": {result.detail}" if result.detail else ""
             yield f"{words[result.passed]}  {result.check}{detail}"
         failed = sum(result.passed is False for result in self.results)
-        yield f"{self.model}: {'passed' if not failed else f'{failed} checks failed'}"
+        plural = "" if failed == 1 else "s"
+        yield f"{self.model}: {f'{failed} check{plural} failed' if failed else 'passed'}"
 
 
 def check_model(
@@ -160,6 +161,8 @@ def outputs_are_json(subject: _Subject) -> None:
 
 def outputs_match(subject: _Subject) -> str:
     """outputs match the declared names, datatypes and shapes"""
+    if not subject.adapter.declares_outputs:
+        raise CheckSkipped("the class declares no `outputs`: /predict needs none, /v2 does")
     declared = subject.adapter.outputs
     for raw in subject.adapter.forward_batch(subject.examples[:1]):
         named = subject.adapter.to_tensors(raw)
