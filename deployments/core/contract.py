@@ -6,9 +6,11 @@ shells. Must not know: Ray, torch, HTTP status codes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from deployments.core.errors import ServingError
+from deployments.core.generation import GenerationRequest
 
 PRIORITY_RANGE = (-10, 10)
 """Lower numbers are served first; 0 is the default (CONTRACT: `parameters.priority`)."""
@@ -33,6 +35,21 @@ class Limits:
     max_items_per_request: int = 256
     max_body_bytes: int = 16 * 1024 * 1024
     timeout_ms: float = 30_000.0
+    # continuous batching only
+    max_sequences: int = 16
+    max_tokens_in_step: int = 256
+    kv_bytes: int | None = None
+    max_streams: int = 1024
+    idle_timeout_s: float = 30.0
+    max_stream_s: float = 3600.0
+
+
+class Streams(Enum):
+    """What a continuous application's `/stream` takes; NONE: it has no such route."""
+
+    NONE = "none"
+    REQUEST = "request"  # one JSON request, outputs stream
+    CHUNKS = "chunks"  # bytes without end, outputs stream meanwhile; /ws too
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +71,10 @@ class ModelCard:
     examples: a few JSON items, shown in /docs and used for warm-up.
     embeds: one item in gives one float vector out, so /v1/embeddings fits.
     cost_unit: what `Outcome.cost` counts ("tokens", "items", ...).
+    streams: what `/stream` takes. generates: a language model, so /v1/chat/completions and
+    /v1/completions fit it (the service is a TextService then). context_tokens: prompt and output
+    together, of such a model. one_item: a /v2 input tensor is one item as a whole (a recording), its
+    first dimension no count of items; the item handed to `predict` is then the numpy array.
     """
 
     name: str
@@ -66,6 +87,10 @@ class ModelCard:
     examples: tuple[Any, ...] = ()
     embeds: bool = False
     cost_unit: str = "items"
+    streams: Streams = Streams.NONE
+    generates: bool = False
+    context_tokens: int = 0
+    one_item: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,4 +170,63 @@ class Service(Protocol):
 
     def count_outcome(self, status: int, *, route: str) -> None:
         """Count one finished HTTP request by its status (499: the client left)."""
+        ...
+
+
+class OutputStream(Protocol):
+    """One sequence as its consumer sees it; all calls on the replica's event loop, one reader."""
+
+    async def read(self) -> Sequence[Any]:
+        """All outputs that are ready, in order, waiting for at least one; empty: the sequence is done.
+
+        Raises the ServingError that ended it. Outputs not read yet are bounded: a slow reader slows
+        its own sequence.
+        """
+        ...
+
+    async def feed(self, data: bytes) -> None:
+        """More input (Streams.CHUNKS). Waits while the engine is behind; raises what ended the stream."""
+        ...
+
+    def end_input(self) -> None:
+        """No more input comes: what was fed is finished, then `read` gives the end."""
+        ...
+
+    def close(self) -> None:
+        """The consumer leaves: frees all before the next step. Idempotent, also after the end."""
+        ...
+
+
+class StreamingService(Service, Protocol):
+    """A replica whose sequences join and leave at every step."""
+
+    def open_stream(self, item: Any, options: RequestOptions) -> OutputStream:
+        """Queue one sequence: `item` is its JSON request, None for Streams.CHUNKS.
+
+        Raises Refusal (no room, or max_streams are open), InvalidItem where the model can't take it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request to a language model under way: one stream of `Delta` a choice, in order."""
+
+    choices: Sequence[OutputStream]
+    prompt_tokens: int
+
+    def close(self) -> None:
+        """Free all choices; idempotent."""
+        for choice in self.choices:
+            choice.close()
+
+
+class TextService(StreamingService, Protocol):
+    """A language model's replica."""
+
+    async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
+        """Queue all choices of a request, or none.
+
+        Raises InvalidItem (param: the field of the request), ContextLengthExceeded, Refusal.
+        """
         ...

@@ -9,10 +9,12 @@
     │   ├── MethodNotAllowed       the path exists, the method does not
     │   ├── BodyStalled            the upload stopped half-way
     │   └── InvalidItem            well formed, but the model can't take it
+    │       └── ContextLengthExceeded  prompt and output don't fit the model's context
     ├── Refusal                our refusal: try later, or elsewhere
     │   ├── Overloaded             no room within the allowed wait
     │   ├── Draining               this server is stopping
-    │   └── DeadlinePassed         not begun by its deadline
+    │   ├── DeadlinePassed         not begun by its deadline
+    │   └── StreamTimeout          a stream was idle, or open, for longer than allowed
     ├── ClientLeft             nobody waits for the answer any more
     └── InternalError          our bug, or the model's; details go to the log, never to the caller
         ├── ModelFailed            the model raised on this item
@@ -80,6 +82,10 @@ class InvalidItem(CallerError):
     type = "invalid_item"
 
 
+class ContextLengthExceeded(InvalidItem):
+    type = "context_length_exceeded"
+
+
 class Refusal(ServingError):
     """`retry_after_s` is a measured estimate, at least 1, or None where it can't be known."""
 
@@ -100,6 +106,10 @@ class Draining(Refusal):
 
 class DeadlinePassed(Refusal):
     type = "deadline_exceeded"
+
+
+class StreamTimeout(Refusal):
+    type = "stream_timeout"
 
 
 class ClientLeft(ServingError):

@@ -24,10 +24,12 @@ STATUS: dict[type[ServingError], int] = {
     core.MethodNotAllowed: 405,
     core.BodyStalled: 408,
     core.InvalidItem: 422,
+    core.ContextLengthExceeded: 400,  # as OpenAI has it; its clients look for the code
     core.Refusal: 503,
     core.Overloaded: 503,
     core.Draining: 503,
     core.DeadlinePassed: 504,
+    core.StreamTimeout: 408,
     core.ClientLeft: 499,  # log and metric only: nobody is there to read it
     core.InternalError: 500,
     core.ModelFailed: 500,

@@ -1,0 +1,133 @@
+"""What the engine schedules: sequences, the work of a step, and what came of it.
+
+Owns: these values and who may write which field. Must not know: tokens' meaning, tensors, clocks.
+
+A unit is what one run of the model adds to a sequence: a token whose keys and values are stored (a
+language model), a chunk that was consumed (a stream), a step (any other model). A sequence has
+`known` units of work in hand, of which `computed` are done; the rest is what it could do in the next step.
+"""
+
+import math
+from collections.abc import Hashable
+from collections.abc import Sequence as Values
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from deployments.core.errors import ServingError
+
+
+class State(Enum):
+    NEW = "new"
+    WAITING = "waiting"  # for a slot; after a preemption again
+    RUNNING = "running"  # has a slot, and blocks for what is computed
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence. The upper fields are the submitter's, the lower ones the engine's alone.
+
+    payload: the runner's and the bridge's, never looked at here. key: only sequences of one key share
+    a step. cost: in slots. arrived, deadline: seconds of the engine's clock; it must have begun by
+    its deadline. tokens: of a language model: the prompt, then what was generated; they name the blocks
+    that the prefix cache may share. max_units: `known` never passes it (the KV bound); 0: no KV.
+    is_open: input may still come, so a sequence without work is no stalled one.
+    """
+
+    payload: Any = None
+    key: Hashable = ""
+    cost: float = 1.0
+    priority: int = 0
+    arrived: float = 0.0
+    deadline: float = math.inf
+    tokens: list[int] = field(default_factory=list)
+    max_units: int = 0
+    known: int = 0
+    is_open: bool = False
+
+    state: State = State.NEW
+    computed: int = 0
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    began: float | None = None
+    serial: int = 0
+    is_held: bool = False
+    preemptions: int = 0
+    error: ServingError | None = None
+
+    @property
+    def remaining(self) -> int:
+        return self.known - self.computed
+
+
+@dataclass(slots=True)
+class Work:
+    """One sequence's share of a step: units [start, start + count).
+
+    is_last: afterwards nothing known remains, so a language model samples the next token from it.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Of cached units: block `block` of the cache holds units [start, start + count) of `sequence`.
+
+    Where blocks are shared in place there is nothing to copy.
+    """
+
+    sequence: Sequence
+    block: int
+    start: int
+    count: int
+
+
+@dataclass(slots=True)
+class Step:
+    """What to run next. Order within a step: `ended` are freed, `loads` copied from the cache to the
+    sequence's slot, `work` run, `saves` copied from the slot to the cache.
+
+    ended: left since the last step, whatever the reason, with the slot they had; a preempted one is
+    not among them (its slot is simply given away, and its `computed` is 0 again).
+    """
+
+    work: list[Work]
+    ended: list[Sequence]
+    loads: list[Copy]
+    saves: list[Copy]
+    key: Hashable
+    planned: float
+    units: int
+
+
+@dataclass(slots=True)
+class Advance:
+    """What a run made of one `Work`.
+
+    units: known from now on besides what was known before: 1 after a token or a step that has a
+    successor, 0 for a chunk or a part of a prompt. token: the unit's token. outputs: for the
+    consumer, in order. With is_done or error the sequence ends.
+    """
+
+    units: int = 0
+    token: int | None = None
+    outputs: Values[Any] = ()
+    is_done: bool = False
+    error: ServingError | None = None
+
+
+class Runner(Protocol):
+    """Runs steps; called on the model thread alone, one step after the other."""
+
+    def run(self, step: Step) -> list[Advance]:
+        """One Advance for each of `step.work`, in order.
+
+        What fails for one sequence is its Advance's error. What is raised fails all of the step.
+        """
+        ...
