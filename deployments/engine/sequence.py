@@ -4,7 +4,7 @@ Owns: these values and who may write which field. Must not know: tokens' meaning
 
 A unit is what one run of the model adds to a sequence: a token whose keys and values are stored (a
 language model), a chunk that was consumed (a stream), a step (any other model). A sequence has
-`known` units of work in hand, of which `computed` are done; the rest is what it could do in the next step.
+`known` units of work in hand, of which `computed` are done; the rest is what it could do next.
 """
 
 import math
@@ -20,7 +20,7 @@ from deployments.core.errors import ServingError
 class State(Enum):
     NEW = "new"
     WAITING = "waiting"  # for a slot; after a preemption again
-    RUNNING = "running"  # has a slot, and blocks for what is computed
+    RUNNING = "running"  # has a slot, and blocks for what is known
     ENDED = "ended"
 
 
@@ -32,7 +32,7 @@ class Sequence:
     a step. cost: in slots. arrived, deadline: seconds of the engine's clock; it must have begun by
     its deadline. tokens: of a language model: the prompt, then what was generated; they name the blocks
     that the prefix cache may share. max_units: `known` never passes it (the KV bound); 0: no KV.
-    is_open: input may still come, so a sequence without work is no stalled one.
+    is_open: input may still come, so being without work is no end.
     """
 
     payload: Any = None
@@ -49,8 +49,9 @@ class Sequence:
     state: State = State.NEW
     computed: int = 0
     slot: int = -1
+    prompt: int = 0  # units known when it was submitted
     blocks: list[int] = field(default_factory=list)
-    cached: int = 0
+    cached: int = 0  # units of the prompt that came from the prefix cache when it first began
     began: float | None = None
     serial: int = 0
     is_held: bool = False
@@ -67,22 +68,25 @@ class Work:
     """One sequence's share of a step: units [start, start + count).
 
     is_last: afterwards nothing known remains, so a language model samples the next token from it.
+    blocks: those of the sequence when the step was planned. It may be cancelled while the step runs;
+    what it held then is given to nobody before the next plan.
     """
 
     sequence: Sequence
     start: int
     count: int
     is_last: bool
+    blocks: Values[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Of cached units: block `block` of the cache holds units [start, start + count) of `sequence`.
+    """Between a slot's row and the cache: `block` of the cache holds units [start, start + count) of it.
 
     Where blocks are shared in place there is nothing to copy.
     """
 
-    sequence: Sequence
+    slot: int
     block: int
     start: int
     count: int
@@ -90,20 +94,25 @@ class Copy:
 
 @dataclass(slots=True)
 class Step:
-    """What to run next. Order within a step: `ended` are freed, `loads` copied from the cache to the
-    sequence's slot, `work` run, `saves` copied from the slot to the cache.
+    """What to run next, in this order: `saves` (row to cache, of units computed by earlier steps, also
+    of rows that are about to be freed), `freed` slots and `ended` sequences let go, `loads` (cache to
+    row), then `work`.
 
-    ended: left since the last step, whatever the reason, with the slot they had; a preempted one is
-    not among them (its slot is simply given away, and its `computed` is 0 again).
+    freed: slots that lost their sequence since the last step, ended or preempted; they may be in use
+    again by `work`. ended: sequences that left since the last step, whatever the reason, and had begun.
     """
 
     work: list[Work]
+    saves: list[Copy]
+    freed: list[int]
     ended: list[Sequence]
     loads: list[Copy]
-    saves: list[Copy]
     key: Hashable
     planned: float
-    units: int
+
+    @property
+    def units(self) -> int:
+        return sum(work.count for work in self.work)
 
 
 @dataclass(slots=True)
@@ -126,7 +135,7 @@ class Runner(Protocol):
     """Runs steps; called on the model thread alone, one step after the other."""
 
     def run(self, step: Step) -> list[Advance]:
-        """One Advance for each of `step.work`, in order.
+        """One Advance for each of `step.work`, in order; `work` may be empty.
 
         What fails for one sequence is its Advance's error. What is raised fails all of the step.
         """

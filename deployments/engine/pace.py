@@ -1,0 +1,50 @@
+"""How much of a prompt may run beside streams that already talk, learned from measured steps.
+
+Owns: the size of a prompt's chunk. Must not know: sequences, blocks, clocks (it is told how long steps
+took). A step with a chunk may take STALL times as long as the same step without it; Sarathi-Serve (Agrawal
+et al., OSDI 2024) bounds it by a fixed token count, which fits one model on one machine.
+"""
+
+STALL = 2.0
+"""A chunk at most doubles the gap between two tokens of those that talk: half of the time goes to
+newcomers, so a long prompt takes twice as long as alone. The promise is three times; the rest is noise."""
+FIRST_CHUNK = 32
+"""Before anything is learned: from about 24 rows on a CPU is bound by arithmetic, no longer by weights."""
+SMALLEST_CHUNK = 16
+GROW, SHRINK = 1.25, 0.5
+MEMORY = 0.8
+
+
+class Pace:
+    """One for each engine; `most` is the token budget of a step."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._chunk = float(min(FIRST_CHUNK, most))
+        self._plain_s: dict[int, float] = {}  # step time without a chunk, by power of two of its rows
+
+    def chunk(self, talking: int) -> int:
+        """Units of prompts that may join a step with this many rows that talk."""
+        room = self._most - talking
+        return room if not talking else max(0, min(room, int(self._chunk)))
+
+    def observe(self, talking: int, chunk: int, elapsed_s: float) -> None:
+        """A step took `elapsed_s` with this many rows and this much of prompts."""
+        if not talking:
+            return
+        if not chunk:
+            known = self._plain_s.get(talking.bit_length(), elapsed_s)
+            self._plain_s[talking.bit_length()] = known + (1.0 - MEMORY) * (elapsed_s - known)
+            return
+        plain_s = self._plain(talking)
+        if plain_s is None or elapsed_s <= 0.0:
+            return
+        factor = min(GROW, max(SHRINK, STALL * plain_s / elapsed_s))
+        if factor < 1.0 or chunk >= int(self._chunk):  # a smaller chunk says nothing about a larger one
+            self._chunk = min(float(self._most), max(float(SMALLEST_CHUNK), factor * self._chunk))
+
+    def _plain(self, talking: int) -> float | None:
+        if not self._plain_s:
+            return None
+        nearest = min(self._plain_s, key=lambda size: abs(size - talking.bit_length()))
+        return self._plain_s[nearest]
