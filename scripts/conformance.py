@@ -1,5 +1,6 @@
 """Check a model class against the contract: python -m scripts.conformance my_model:Doubler
 
+A class with forward is batched, one with begin and step is stepped.
 Exit status: 0 all checks passed, 1 a check failed, 2 the class can't be loaded.
 """
 
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 from deployments.runtime.adapter import ModelClassError, load_class
 from deployments.runtime.conformance import check_model
+from deployments.runtime.step_conformance import check_step_model
+from deployments.runtime.stepwise_class import is_stepwise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="module:Class, found as the server finds it")
     parser.add_argument("--model-args", default="{}", help="its keyword arguments, a JSON object")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--max-batch-size", type=int, default=8)
+    parser.add_argument("--max-batch-size", type=int, default=8, help="of a batch, or of a step")
     options = parser.parse_args(argv)
     try:
         model_args = json.loads(options.model_args)
@@ -26,12 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not isinstance(model_args, dict):
         parser.error("--model-args must be a JSON object")
     try:
-        report = check_model(
-            load_class(options.model),
-            model_args,
-            device=options.device,
-            max_batch_size=options.max_batch_size,
-        )
+        model_class = load_class(options.model)
+        check = check_step_model if is_stepwise(model_class) else check_model
+        report = check(model_class, model_args, device=options.device, max_batch_size=options.max_batch_size)
     except ModelClassError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What `import_path` in config.yaml names: typed builders, `dynamic` for dynamic batching.
+"""What `import_path` in config.yaml names: typed builders, `dynamic` and `continuous` (batching).
 
 Owns: an application's args -> a Ray Serve application. Ray validates `args` against the annotation
 of the builder, so annotations must exist at run time here.
@@ -10,10 +10,21 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from deployments.continuous_batching import ContinuousBatching
 from deployments.core.contract import Limits
-from deployments.dynamic_batching import DynamicBatching, ModelSpec
+from deployments.dynamic_batching import DynamicBatching
+from deployments.replica import Changed, ModelSpec
+from deployments.runtime.fronts import is_language_model
 from deployments.runtime.model_class import check_class, load_class
-from serve_app.config import DynamicArgs, ModelUserConfig, let_in
+from deployments.runtime.stepwise_class import check_stepwise
+from serve_app.config import (
+    ContinuousArgs,
+    ContinuousUserConfig,
+    DynamicArgs,
+    ModelUserConfig,
+    let_in,
+    let_in_streams,
+)
 from serve_app.http.app import make_app
 
 DEPLOYMENT = "model"
@@ -34,7 +45,29 @@ def dynamic(args: DynamicArgs) -> Application:
     return deployment.bind(spec, limits, make_app, change_limits)
 
 
-def change_limits(limits: Limits, user_config: Mapping[str, Any]) -> tuple[Limits, bool]:
-    """`user_config` of a model deployment: (limits with its changes, whether to drain)."""
+def continuous(args: ContinuousArgs) -> Application:
+    """Continuous batching of one model; see docs/reference/config.md for `args`."""
+    model_class = load_class(args.model)
+    if not is_language_model(model_class):
+        check_stepwise(model_class, args.model_args)
+    limits = args.limits()
+    deployment = serve.deployment(
+        ContinuousBatching,
+        name=DEPLOYMENT,
+        max_ongoing_requests=let_in_streams(limits),
+        health_check_period_s=5,
+    )
+    spec = ModelSpec(args.model, args.model_args)
+    return deployment.bind(spec, limits, make_app, change_stream_limits)
+
+
+def change_limits(limits: Limits, user_config: Mapping[str, Any]) -> Changed:
+    """`user_config` of a dynamic application's deployment."""
     changes = ModelUserConfig(**user_config)
-    return changes.apply(limits), changes.draining
+    return Changed(changes.apply(limits), changes.draining, changes.drain_grace_s)
+
+
+def change_stream_limits(limits: Limits, user_config: Mapping[str, Any]) -> Changed:
+    """`user_config` of a continuous application's deployment."""
+    changes = ContinuousUserConfig(**user_config)
+    return Changed(changes.apply(limits), changes.draining, changes.drain_grace_s)

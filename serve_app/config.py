@@ -8,8 +8,9 @@ know: Ray, files.
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,11 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deployments.core.contract import Limits
 
+if sys.version_info >= (3, 11):
+    from typing import Self
+else:
+    from typing_extensions import Self
+
 # Strict: a bool is no number here, and "32" is a string. The upper bounds only catch slips (seconds
 # for milliseconds, a byte too many); nothing is allocated by them.
 Count = Annotated[int, Field(strict=True, ge=1, le=10_000_000)]
@@ -33,10 +39,14 @@ Bytes = Annotated[int, Field(strict=True, ge=1, le=2**40)]
 Cost = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 WaitMs = Annotated[float, Field(strict=True, ge=0, le=60_000, allow_inf_nan=False)]
 TimeoutMs = Annotated[float, Field(strict=True, gt=0, le=86_400_000, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
+Sequences = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Streams = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 
 _MODEL = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", re.ASCII)
 _DEFAULTS = Limits()
+_LIMITS = frozenset(field.name for field in fields(Limits))
 HEADROOM = 512
 """Requests that Ray lets in above our own bound, so that it is we who answer 503, at once and with
 an honest Retry-After; beyond it Ray's own queue holds them."""
@@ -78,18 +88,12 @@ def _explained(problem: Any, known: Iterable[str]) -> InitErrorDetails:
     return InitErrorDetails(type=text, loc=problem["loc"], input=problem["input"])
 
 
-class DynamicArgs(_Checked):
-    """`args` of an application built by `serve_app.builder:dynamic`."""
+class ModelArgs(_Checked):
+    """What every application of ours takes."""
 
     model: str
     model_args: dict[str, Any] = Field(default_factory=dict)
-    max_batch_size: Count = _DEFAULTS.max_batch_size
-    max_batch_cost: Cost | None = None
-    batch_wait_ms: WaitMs = _DEFAULTS.batch_wait_ms
-    slots: Slots = _DEFAULTS.slots
-    safety: Literal["auto", "shared", "pool", "processes", "exclusive"] = "auto"
     max_queue_items: Count = _DEFAULTS.max_queue_items
-    max_queue_cost: Cost | None = None
     max_queue_s: QueueS = "auto"
     max_items_per_request: Count = _DEFAULTS.max_items_per_request
     max_body_bytes: Bytes = _DEFAULTS.max_body_bytes
@@ -103,7 +107,32 @@ class DynamicArgs(_Checked):
         return value
 
     @model_validator(mode="after")
-    def _has_slots_for_its_safety(self) -> "DynamicArgs":
+    def _fits_the_queue(self) -> Self:
+        _require_fit(self.limits(), self.model_fields_set)
+        return self
+
+    def limits(self) -> Limits:
+        """The bounds as the core takes them."""
+        given = {key: getattr(self, key) for key in type(self).model_fields if key in _LIMITS}
+        given["max_queue_s"] = None if self.max_queue_s == "auto" else self.max_queue_s
+        if "max_items_per_request" not in self.model_fields_set:
+            # A queue made smaller than the default list takes no longer lists; no need to say both.
+            given["max_items_per_request"] = min(self.max_items_per_request, self.max_queue_items)
+        return Limits(**given)
+
+
+class DynamicArgs(ModelArgs):
+    """`args` of an application built by `serve_app.builder:dynamic`."""
+
+    max_batch_size: Count = _DEFAULTS.max_batch_size
+    max_batch_cost: Cost | None = None
+    batch_wait_ms: WaitMs = _DEFAULTS.batch_wait_ms
+    slots: Slots = _DEFAULTS.slots
+    safety: Literal["auto", "shared", "pool", "processes", "exclusive"] = "auto"
+    max_queue_cost: Cost | None = None
+
+    @model_validator(mode="after")
+    def _has_slots_for_its_safety(self) -> Self:
         if self.safety in ("exclusive", "processes") and self.slots > 1:
             raise ValueError(
                 f"slots: safety={self.safety} allows one slot in a replica, not {self.slots}; set slots: 1 "
@@ -111,45 +140,27 @@ class DynamicArgs(_Checked):
             )
         return self
 
-    @model_validator(mode="after")
-    def _fits_the_queue(self) -> "DynamicArgs":
-        _require_fit(self.limits(), self.model_fields_set)
-        return self
 
-    def limits(self) -> Limits:
-        """The bounds as the core takes them."""
-        return Limits(
-            max_batch_size=self.max_batch_size,
-            max_batch_cost=self.max_batch_cost,
-            batch_wait_ms=self.batch_wait_ms,
-            slots=self.slots,
-            max_queue_items=self.max_queue_items,
-            max_queue_cost=self.max_queue_cost,
-            max_queue_s=None if self.max_queue_s == "auto" else self.max_queue_s,
-            max_items_per_request=self._items_per_request(),
-            max_body_bytes=self.max_body_bytes,
-            timeout_ms=self.timeout_ms,
-        )
+class ContinuousArgs(ModelArgs):
+    """`args` of an application built by `serve_app.builder:continuous`."""
 
-    def _items_per_request(self) -> int:
-        """A queue made smaller than the default list takes no longer lists; no need to say both."""
-        if "max_items_per_request" in self.model_fields_set:
-            return self.max_items_per_request
-        return min(self.max_items_per_request, self.max_queue_items)
+    max_sequences: Sequences = _DEFAULTS.max_sequences
+    max_tokens_in_step: Count = _DEFAULTS.max_tokens_in_step
+    kv_bytes: Bytes | None = None
+    max_streams: Streams = _DEFAULTS.max_streams
+    idle_timeout_s: Seconds = _DEFAULTS.idle_timeout_s
+    max_stream_s: Seconds = _DEFAULTS.max_stream_s
 
 
-class ModelUserConfig(_Checked):
+class _UserConfig(_Checked):
     """`user_config` of a model deployment: limits to change in place, without a restart.
 
-    Not `slots`: each is a thread with an instance of the model, made at start.
+    draining, drain_grace_s: the launcher's, when it stops.
     """
 
     draining: Annotated[bool, Field(strict=True)] = False
-    max_batch_size: Count | None = None
-    max_batch_cost: Cost | None = None
-    batch_wait_ms: WaitMs | None = None
+    drain_grace_s: Seconds | None = None
     max_queue_items: Count | None = None
-    max_queue_cost: Cost | None = None
     max_queue_s: QueueS | None = None
     max_items_per_request: Count | None = None
     max_body_bytes: Bytes | None = None
@@ -158,7 +169,9 @@ class ModelUserConfig(_Checked):
     def apply(self, limits: Limits) -> Limits:
         """`limits` with what is set here changed; raises ValueError where they don't fit together."""
         changes: dict[str, Any] = {
-            key: value for key, value in self.model_dump(exclude={"draining"}).items() if value is not None
+            key: value
+            for key, value in self.model_dump(exclude={"draining", "drain_grace_s"}).items()
+            if value is not None
         }
         if changes.get("max_queue_s") == "auto":
             changes["max_queue_s"] = None
@@ -166,8 +179,42 @@ class ModelUserConfig(_Checked):
             changes["max_items_per_request"] = min(limits.max_items_per_request, changes["max_queue_items"])
         changed = replace(limits, **changes)
         _require_fit(changed, set(changes))
-        _require_door(changed, limits)
+        self._require_door(changed, limits)
         return changed
+
+    def _require_door(self, changed: Limits, base: Limits) -> None:
+        raise NotImplementedError
+
+
+class ModelUserConfig(_UserConfig):
+    """Of a dynamic application. Not `slots`: each is a thread with an instance, made at start."""
+
+    max_batch_size: Count | None = None
+    max_batch_cost: Cost | None = None
+    batch_wait_ms: WaitMs | None = None
+    max_queue_cost: Cost | None = None
+
+    def _require_door(self, changed: Limits, base: Limits) -> None:
+        """Beyond what Ray lets in, a longer queue would never fill: Ray's own would, without our 503."""
+        wanted = changed.max_queue_items + changed.slots * changed.max_batch_size
+        if wanted > let_in(base):
+            most = let_in(base) - changed.slots * changed.max_batch_size
+            raise _over_the_door("max_queue_items", changed.max_queue_items, most)
+
+
+class ContinuousUserConfig(_UserConfig):
+    """Of a continuous application. Not `max_sequences`, `kv_bytes` and `max_tokens_in_step`: memory is
+    made for them at start."""
+
+    max_streams: Streams | None = None
+    idle_timeout_s: Seconds | None = None
+    max_stream_s: Seconds | None = None
+
+    def _require_door(self, changed: Limits, base: Limits) -> None:
+        # The states of streams have their room from the start.
+        for key in ("max_streams", "max_queue_items"):
+            if getattr(changed, key) > getattr(base, key):
+                raise _over_the_door(key, getattr(changed, key), getattr(base, key))
 
 
 def _require_fit(limits: Limits, given: set[str]) -> None:
@@ -192,15 +239,16 @@ def let_in(limits: Limits) -> int:
     return limits.max_queue_items + limits.slots * limits.max_batch_size + HEADROOM
 
 
-def _require_door(changed: Limits, base: Limits) -> None:
-    """Beyond what Ray lets in, a longer queue would never fill: Ray's own would, without our 503."""
-    wanted = changed.max_queue_items + changed.slots * changed.max_batch_size
-    if wanted > let_in(base):
-        most = let_in(base) - changed.slots * changed.max_batch_size
-        raise ValueError(
-            f"max_queue_items: {changed.max_queue_items} in user_config is more than the replica lets in; "
-            f"at most {most} here, or raise max_queue_items in `args` (a restart)"
-        )
+def let_in_streams(limits: Limits) -> int:
+    """The same for a continuous application: each open stream is a request to Ray."""
+    return limits.max_streams + limits.max_queue_items + HEADROOM
+
+
+def _over_the_door(key: str, wanted: int, most: int) -> ValueError:
+    return ValueError(
+        f"{key}: {wanted} in user_config is more than the replica lets in; "
+        f"at most {most} here, or raise {key} in `args` (a restart)"
+    )
 
 
 def problems_of(error: ValidationError) -> list[tuple[str, str]]:

@@ -6,9 +6,6 @@ them with Ray's schemas. Values of Ray's own keys are checked by Ray, in the ser
 it starts anything.
 """
 
-import ast
-import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -19,7 +16,16 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.core.contract import Limits
-from serve_app.config import DynamicArgs, ModelUserConfig, nearest, problems_of
+from serve_app.config import (
+    ContinuousArgs,
+    ContinuousUserConfig,
+    DynamicArgs,
+    ModelArgs,
+    ModelUserConfig,
+    nearest,
+    problems_of,
+)
+from serve_app.model_source import missing_methods, read_source, top_names
 
 
 def _words(text: str) -> frozenset[str]:
@@ -59,9 +65,34 @@ AUTOSCALING_KEYS = _words(
     " upscale_delay_s aggregation_function policy"
 )
 OUR_BUILDERS = "serve_app.builder"
-BUILDERS = frozenset({"dynamic"})
-LATER_BUILDERS = frozenset({"continuous", "console"})
+LATER_BUILDERS = frozenset({"console"})
 MODEL_DEPLOYMENT = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """What the args and the user_config of a builder's applications are checked with.
+
+    required: methods of its model class, name to signature.
+    """
+
+    args: type[ModelArgs]
+    user_config: type[ModelUserConfig] | type[ContinuousUserConfig]
+    required: Mapping[str, str]
+
+
+BUILDERS = {
+    "dynamic": Builder(
+        DynamicArgs,
+        ModelUserConfig,
+        {"load": "load(self, device)", "forward": "forward(self, batch)"},
+    ),
+    "continuous": Builder(
+        ContinuousArgs,
+        ContinuousUserConfig,
+        {"load": "load(self, device)"},  # beside it: begin and step, or a language model's own
+    ),
+}
 
 
 class ConfigError(Exception):
@@ -155,7 +186,9 @@ class _Check:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.problems: list[str] = []
-        self.limits: Limits | None = None  # of the application being checked, where its args are right
+        # Of the application being checked: its builder where it is ours, its limits where args are right.
+        self.builder: Builder | None = None
+        self.limits: Limits | None = None
 
     def note(self, where: str, text: str) -> None:
         self.problems.append(f"{where}: {text}" if where else text)
@@ -226,7 +259,7 @@ class _Check:
         module, _, attribute = import_path.replace(":", ".").rpartition(".")
         is_ours = module == OUR_BUILDERS
         model = None
-        self.limits = None
+        self.limits, self.builder = None, None
         if is_ours:
             model = self.ours(app, attribute, where)
         self.keys(app.get("logging_config"), LOGGING_KEYS, f"{where}, logging_config")
@@ -254,6 +287,7 @@ class _Check:
         if builder not in BUILDERS:
             self.note(where, f"import_path: no builder {builder!r}{nearest(builder, BUILDERS)}")
             return None
+        self.builder = BUILDERS[builder]
         args = app.get("args", {})
         where = f"{where}, args"
         if not isinstance(args, Mapping):
@@ -262,7 +296,7 @@ class _Check:
         model = args.get("model")
         wrong: list[tuple[str, str]] = []
         try:
-            self.limits = DynamicArgs.model_validate(dict(args)).limits()
+            self.limits = self.builder.args.model_validate(dict(args)).limits()
         except ValidationError as error:
             wrong = problems_of(error)
         for key, message in wrong:
@@ -279,7 +313,7 @@ class _Check:
         """The module must be found and, as far as its source tells, have the class."""
         module, _, name = model.partition(":")
         try:
-            source = _source(module, self.folder)
+            source = read_source(module, self.folder)
         except ModuleNotFoundError as error:
             missing = error.name or module
             self.note(where, f"no module {missing!r} for {model!r} here or among what is installed")
@@ -290,13 +324,14 @@ class _Check:
         if source is None:
             return
         try:
-            names, is_complete = _top_names(source)
+            names, is_complete = top_names(source)
         except SyntaxError as error:
             self.note(where, f"{module} has a syntax error in line {error.lineno}: {error.msg}")
             return
         if is_complete and name not in names:
             self.note(where, f"module {module!r} has no class {name!r}{nearest(name, names)}")
-        for method in _missing_methods(source, name):
+        required = self.builder.required if self.builder else {}
+        for method in missing_methods(source, name, required):
             self.note(where, f"class {name} has no {method}; add `def {method}`")
 
     def deployments(self, value: Any, where: str, *, is_ours: bool) -> None:
@@ -338,10 +373,10 @@ class _Check:
             if key in deployment:
                 self.note(where, f"{key}: can't be overridden (got {deployment[key]!r}): {reason}")
         user_config = deployment.get("user_config")
-        if user_config is None:
+        if user_config is None or self.builder is None:
             return
         try:
-            changes = ModelUserConfig.model_validate(user_config)
+            changes = self.builder.user_config.model_validate(user_config)
             if self.limits is not None:
                 changes.apply(self.limits)
         except ValidationError as error:
@@ -364,54 +399,3 @@ def _splits(import_path: str) -> bool:
     """Ray takes "module:name" and "module.name"."""
     head, _, tail = import_path.replace(":", ".").rpartition(".")
     return bool(head) and bool(tail) and import_path.count(":") <= 1
-
-
-def _source(module: str, folder: Path) -> str | None:
-    """The module's source without running it (its parent packages are imported); None: no source.
-
-    Raises ModuleNotFoundError where there is no such module.
-    """
-    sys.path.insert(0, str(folder))
-    try:
-        importlib.invalidate_caches()
-        spec = importlib.util.find_spec(module)
-    finally:
-        sys.path.remove(str(folder))
-    if spec is None:
-        raise ModuleNotFoundError(module, name=module)
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return Path(spec.origin).read_text(encoding="utf-8")
-
-
-def _missing_methods(source: str, name: str) -> list[str]:
-    """Of the two methods that a model must have those that its class does not show; a class with
-    bases or decorators may get them from there, and one made in another way isn't looked at."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            if node.bases or node.keywords or node.decorator_list:
-                return []
-            shown = {getattr(part, "name", None) for part in node.body}
-            shown |= {
-                t.id for p in node.body if isinstance(p, ast.Assign) for t in p.targets if hasattr(t, "id")
-            }
-            required = {"load": "load(self, device)", "forward": "forward(self, batch)"}
-            return [signature for method, signature in required.items() if method not in shown]
-    return []
-
-
-def _top_names(source: str) -> tuple[set[str], bool]:
-    """Names that the module's top level binds, and whether these are all (no `import *`, no tricks)."""
-    names: set[str] = set()
-    is_complete = True
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names.add(node.name)
-            is_complete &= node.name != "__getattr__"
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.ImportFrom | ast.Import):
-            for alias in node.names:
-                names.add((alias.asname or alias.name).partition(".")[0])
-                is_complete &= alias.name != "*"
-    return names, is_complete

@@ -128,15 +128,21 @@ def _plan(
     )
 
 
+_JSON = "-H 'Content-Type: application/json' -d"
+_TRY = {
+    ":MiniLM": f"""/predict {_JSON} '{{"inputs": ["to the brim"]}}'""",
+    ":EfficientNetLite0": "/predict -H 'Content-Type: image/jpeg' --data-binary @photo.jpg",
+    ":SmolLM2": f"""/predict {_JSON} '{{"inputs": ["What is the capital of France?"]}}'""",
+    ":SileroVad": "/predict -H 'Content-Type: audio/wav' --data-binary @speech.wav",
+}
+
+
 def _try_it(model: str | None, url: str) -> str:
     if model is None:
         return f"curl {url}/"
-    if model.endswith(":MiniLM"):
-        return (
-            f"""curl {url}/predict -H 'Content-Type: application/json' -d '{{"inputs": ["to the brim"]}}'"""
-        )
-    if model.endswith(":EfficientNetLite0"):
-        return f"curl {url}/predict -H 'Content-Type: image/jpeg' --data-binary @photo.jpg"
+    for ending, arguments in _TRY.items():
+        if model.endswith(ending):
+            return f"curl {url}{arguments}"
     return f"curl {url}/docs"
 
 

@@ -256,7 +256,7 @@ def _in_hand_of_replicas() -> int | None:
 
 
 def _tell_replicas(client: Any, config: Any, plan: Plan) -> None:
-    """Set `draining: true` in the user_config of our model deployments: applied in place."""
+    """Set `draining` in the user_config of our model deployments: applied in place."""
     from ray.serve.schema import ServeDeploySchema
 
     ours = {app.name for app in plan.apps if app.is_ours}
@@ -269,7 +269,9 @@ def _tell_replicas(client: Any, config: Any, plan: Plan) -> None:
             deployments.append({"name": "model"})
         for entry in deployments:
             if entry["name"] == "model":
-                entry["user_config"] = {**(entry.get("user_config") or {}), "draining": True}
+                # Streams are told at three quarters of the grace, so that their last event gets out.
+                told = {"draining": True, "drain_grace_s": max(0.1, 0.75 * plan.grace_s)}
+                entry["user_config"] = {**(entry.get("user_config") or {}), **told}
     try:
         client.deploy_apps(ServeDeploySchema.model_validate(changed), _blocking=False)
     except Exception as error:

@@ -2,12 +2,14 @@
 
 Texts: an item that is no string is refused; "poison", "late", "long" fail or warn alone; "full",
 "stopping", "bug" fail the request. Pictures: bytes or {"image_b64"}. Pairs: two numeric inputs.
+A language model says its prompt again, a word a token; a prompt in SCRIPTS does something else.
 """
 
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +18,17 @@ import numpy as np
 from starlette.types import ASGIApp
 
 from deployments.core import errors
-from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions, TensorSpec
+from deployments.core.contract import (
+    Answer,
+    Generation,
+    Limits,
+    ModelCard,
+    Outcome,
+    OutputStream,
+    RequestOptions,
+    TensorSpec,
+)
+from deployments.core.generation import Delta, FinishReason, GenerationRequest, TokenLogprob
 from serve_app.http.app import make_app
 
 PREFIX = "/app"
@@ -51,6 +63,17 @@ PAIR_CARD = ModelCard(
     inputs=(TensorSpec("a", "FP32", (-1, 2)), TensorSpec("b", "INT64", (-1,))),
     outputs=(TensorSpec("sum", "FP32", (-1, 2)), TensorSpec("sign", "BOOL", (-1,))),
     item_schema={"type": "object"},
+)
+CHAT_CARD = ModelCard(
+    name="chat",
+    inputs=(TensorSpec("prompt", "BYTES", (-1,)),),
+    outputs=(TensorSpec("text", "BYTES", (-1,)),),
+    item_schema={"type": "string"},
+    output_schema={"type": "object"},
+    examples=("Say it again.",),
+    cost_unit="tokens",
+    generates=True,
+    context_tokens=256,
 )
 
 
@@ -152,6 +175,138 @@ def _pair(item: Any) -> Outcome:
         return Outcome(error=errors.InvalidItem("the item must have a and b"))
     total = np.asarray(item["a"], dtype="f4") + np.float32(item["b"])
     return Outcome(value={"sum": total, "sign": np.bool_(total[0] > 0)})
+
+
+PAUSE = "pause"
+HANG = "hang"
+Event = Delta | Exception | str
+"""What a fake choice does next: gives a delta, fails, ends a batch of deltas, or waits for ever."""
+
+
+class FakeChoice:
+    """One OutputStream out of a script; notes its reads and its end."""
+
+    def __init__(self, script: Iterator[Event]) -> None:
+        self._script = script
+        self._ahead: Event | None = None
+        self.reads = 0
+        self.closed = 0
+
+    async def read(self) -> Sequence[Delta]:
+        self.reads += 1
+        await asyncio.sleep(0)
+        ready: list[Delta] = []
+        while (event := self._next()) is not None:
+            if isinstance(event, Delta):
+                ready.append(event)
+            elif ready:
+                self._ahead = event
+                break
+            elif event == HANG:
+                await asyncio.Event().wait()
+            elif isinstance(event, Exception):
+                raise event
+        return ready
+
+    def _next(self) -> Event | None:
+        event, self._ahead = self._ahead, None
+        return event if event is not None else next(self._script, None)
+
+    async def feed(self, data: bytes) -> None:
+        raise errors.InvalidItem("this model takes no chunks")
+
+    def end_input(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def words_of(text: str) -> list[str]:
+    """Each with the space before it."""
+    return re.findall(r" *[^ ]+| +$", text) or [""]
+
+
+def said(text: str, request: GenerationRequest) -> Iterator[Event]:
+    """`text`, a word a token, cut at max_tokens; the last of every three waits for its batch."""
+    words = words_of(text)
+    most = min(len(words), request.max_tokens or len(words))
+    for count, word in enumerate(words[:most], start=1):
+        is_last = count == most
+        reason = FinishReason.LENGTH if most < len(words) else FinishReason.STOP
+        logprobs = () if request.sampling.top_logprobs is None else (logprob_of(word, request),)
+        yield Delta(word, count, 2, logprobs, reason if is_last else None)
+        if count % 3 == 0:
+            yield PAUSE
+
+
+def logprob_of(word: str, request: GenerationRequest) -> TokenLogprob:
+    tops = [TokenLogprob(f"{word}{i}", -float("inf"), f"{word}{i}".encode()) for i in range(20)]
+    return TokenLogprob(word, -0.5, word.encode(), tuple(tops[: request.sampling.top_logprobs]))
+
+
+def endless() -> Iterator[Event]:
+    for count in range(1, 1_000_000):
+        yield Delta("word " * 200, count)
+        yield PAUSE
+
+
+SCRIPTS: dict[str, Callable[[], Iterator[Event]]] = {
+    "hang": lambda: iter([HANG]),
+    "hang later": lambda: iter([Delta("a", 1), PAUSE, HANG]),
+    "break": lambda: iter([errors.ModelFailed("the model failed on this sequence")]),
+    "break later": lambda: iter(
+        [Delta("a", 1), PAUSE, errors.ModelFailed("the model failed on this sequence")]
+    ),
+    "bug later": lambda: iter([Delta("a", 1), PAUSE, RuntimeError("secret detail")]),
+    "late": lambda: iter([errors.DeadlinePassed("not begun by its deadline")]),
+    "silent": lambda: iter(
+        [Delta("", 1), PAUSE, Delta("", 2), PAUSE, Delta("b", 3, 0, (), FinishReason.STOP)]
+    ),
+    "no reason": lambda: iter([Delta("a", 1), PAUSE]),
+    "endless": endless,
+}
+
+
+class FakeTextService(FakeService):
+    """The TextService Protocol; keeps the requests it was asked and the choices it gave."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        super().__init__(CHAT_CARD, limits)
+        self.asked_for: list[GenerationRequest] = []
+        self.choices: list[FakeChoice] = []
+
+    async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
+        self.asked_for.append(request)
+        self.calls.append(([request], options))
+        text = prompt_text(request)
+        if text == "full":
+            raise errors.Overloaded("no room within the allowed wait", retry_after_s=3)
+        if text == "bug":
+            raise RuntimeError("secret detail")
+        if text == "too long":
+            raise errors.ContextLengthExceeded("300 tokens are over the context of 256", param="messages")
+        if text == "unfit":
+            raise errors.InvalidItem("token 7 is not in the vocabulary", param="prompt")
+        script = SCRIPTS.get(text, lambda: said(text, request))
+        choices = [FakeChoice(script()) for _ in range(request.n)]
+        self.choices += choices
+        return Generation(choices, prompt_tokens=len(words_of(text)))
+
+    def open_stream(self, item: Any, options: RequestOptions) -> OutputStream:
+        return FakeChoice(iter([Delta(str(item), 1, 0, (), FinishReason.STOP)]))
+
+    def _one(self, item: Any, options: RequestOptions) -> Outcome:
+        if not isinstance(item, str):
+            return Outcome(error=errors.InvalidItem("the item must be a string"))
+        if options.as_tensors:
+            return Outcome(value={"text": item})
+        return Outcome(value={"text": item, "finish_reason": "stop", "usage": {}})
+
+
+def prompt_text(request: GenerationRequest) -> str:
+    if request.messages is not None:
+        return str(request.messages[-1]["content"])
+    return request.prompt if isinstance(request.prompt, str) else " ".join(map(str, request.prompt or ()))
 
 
 def prefixed(app: ASGIApp, prefix: str = PREFIX) -> httpx.ASGITransport:

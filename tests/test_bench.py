@@ -10,19 +10,34 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from scripts.bench import inputs
+from scripts.bench import chat, inputs
 from scripts.bench.arrivals import after, by_status, latency_ms, poisson
+from scripts.bench.audio_streams import Follow, audio, summed_up
+from scripts.bench.cases.vadws import largest
 from scripts.bench.client import BROKEN, GAVE_UP, Plan, Sample, Shot, parse_response, request, run_here
 from scripts.bench.endpoint import ours
-from scripts.bench.processes import CpuMeter, Tree, free_port
+from scripts.bench.gaps import longest_gap_s, median_gap_s
+from scripts.bench.processes import CpuMeter, Threads, Tree, free_port
 from scripts.bench.report import Report, least, most
 from scripts.bench.saturate import burst_rate, saturate
+from scripts.bench.streams import Ask, listen_here
 from scripts.bench.table import TITLES, render
+from scripts.bench.turns import against_neighbours
+from scripts.bench.websocket import frame, parse_frames
+
+_CHUNKS = (
+    b'data: {"choices": [{"text": "a"}]}\n\nda',
+    b'ta: {"choices": [{"text": "b"}]}\n\n',
+    b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\ndata: [DONE]\n\n',
+)
+_EVENTS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+    b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in (*_CHUNKS, b"")
+)
 
 
 @pytest.fixture
 def answering_port() -> Iterator[int]:
-    """A server that answers 200 with the request's body; `slow` in the path: after 0.3 s."""
+    """A server that answers 200 with the request's body; `/slow`: after 0.3 s; `/events`: as two events."""
     port, started, ends = free_port(), threading.Event(), []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -32,6 +47,10 @@ def answering_port() -> Iterator[int]:
                 body = await reader.readexactly(length)
                 if b"/slow" in head:
                     await asyncio.sleep(0.3)
+                if b"/events" in head:
+                    writer.write(_EVENTS)
+                    await writer.drain()
+                    continue
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (length, body))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -173,3 +192,94 @@ def test_rate_is_taken_from_burst_to_burst() -> None:
     assert burst_rate(bursts, 4.0) == pytest.approx(64.0)
     assert burst_rate(bursts[:32], 4.0) == 8.0  # one burst tells no period
     assert burst_rate([], 4.0) == 0.0
+
+
+def test_whole_batches_leave_together_and_nobody_joins_one(answering_port: int) -> None:
+    at_s = (0.0, 0.05, 0.1, 0.15)  # the first alone, the next two together, the last after them
+    shots = [Shot(request("/slow", b"x"), at_s=at, tag=str(i)) for i, at in enumerate(at_s)]
+    load = run_here(Plan(answering_port, shots, batch_size=2))
+    ends_s = {s.tag: s.at_s + s.latency_s for s in load.samples}
+    assert [s.status for s in load.samples] == [200] * 4
+    assert [round(ends_s[str(i)] / 0.3 - 0.05) for i in range(4)] == [1, 2, 2, 3]
+    assert load.samples[-1].latency_s > 0.6  # from its arrival, the wait included
+
+
+def test_whole_batch_with_a_broken_member_does_not_hold_up_the_next() -> None:
+    shots = [Shot(request("/", b""), at_s=0.01 * i) for i in range(3)]
+    load = run_here(Plan(free_port(), shots, batch_size=2))
+    assert [s.status for s in load.samples] == [BROKEN] * 3
+
+
+def test_stream_client_reads_events_across_chunks(answering_port: int) -> None:
+    heard = listen_here(answering_port, [Ask("/events", b"{}", tag="x")])[0]
+    assert (heard.status, heard.text, heard.tokens, heard.error) == (200, "ab", 2, "")
+    assert len(heard.times_s) == 2
+    assert heard.sent_s <= heard.times_s[0] <= heard.times_s[1] <= heard.end_s
+
+
+def test_stream_client_that_leaves_has_left_and_says_so(answering_port: int) -> None:
+    asks = [Ask("/slow", b"{}", leave_s=0.05), Ask("/slow", b"{}", at_s=0.1)]
+    left, stayed = listen_here(answering_port, asks)
+    assert (left.has_left, left.status, stayed.has_left, stayed.status) == (True, 0, False, 200)
+    with pytest.raises(ValueError, match="no text came"):
+        _ = left.first_s
+
+
+def test_gaps_are_counted_in_the_window_they_end_in() -> None:
+    streams = [[0.0, 1.0, 2.0, 5.0, 6.0], [0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5]]
+    assert median_gap_s(streams, 0.0, 2.5) == 1.0
+    assert longest_gap_s(streams, 2.5, 5.5) == 3.0
+
+
+def test_gap_that_overlaps_the_window_counts_whole_and_so_does_silence() -> None:
+    assert longest_gap_s([[0.0, 1.0, 4.0]], 2.0, 3.0) == 3.0
+    assert longest_gap_s([[0.0, 1.0]], 1.0, 5.0) == 4.0  # it never spoke again
+    assert longest_gap_s([[0.0, 1.0, 2.0]], 1.5, 2.0) == 1.0
+
+
+def test_first_is_compared_with_its_neighbours() -> None:
+    rates = {"ours": [30.0, 60.0, 60.0], "other": [20.0, 30.0], "third": [40.0, 15.0]}
+    assert against_neighbours(rates) == {"other": 2.0, "third": pytest.approx(2.5)}
+
+
+def test_largest_count_must_pass_twice() -> None:
+    answers = {1: [True], 2: [True, False], 3: [False]}
+    assert largest((1, 2, 3), lambda count: answers[count].pop(0) if answers[count] else True) == 1
+    assert largest((1, 2), lambda count: False) == 0
+
+
+def test_mix_is_the_same_each_time_and_in_range() -> None:
+    jobs = chat.mix(50, seed=7)
+    assert jobs == chat.mix(50, seed=7)
+    assert all(16 <= len(job.prompt) <= 256 and 16 <= job.max_tokens <= 256 for job in jobs)
+    assert chat.tokens(400, 1)[:8] != chat.tokens(400, 2)[:8]
+    body = json.loads(jobs[0].body(cache_prompt=False))
+    assert (body["stream"], body["ignore_eos"], body["cache_prompt"]) == (True, True, False)
+    assert "stream" not in json.loads(jobs[0].body(is_streamed=False))
+
+
+@pytest.mark.parametrize("length", [0, 125, 126, 10_240])
+def test_frames_are_read_whole_or_left(length: int) -> None:
+    payload = bytes(length)
+    sent = frame(payload)
+    head = 2 if length < 126 else 4
+    assert sent[head : head + 4] == bytes(4)  # a mask that changes nothing
+    unmasked = bytes([sent[0], sent[1] & 0x7F]) + sent[2:head] + payload
+    assert parse_frames(unmasked * 2 + unmasked[:1]) == ([(2, payload)] * 2, unmasked[:1])
+    assert parse_frames(unmasked[:-1])[0] == []
+
+
+def test_results_that_never_came_are_late() -> None:
+    plan = Follow(port=0, count=2, duration_s=3.2, warm_up_s=1.6)
+    assert (plan.messages, plan.first, plan.due) == (10, 5, 100)
+    found = summed_up(plan, [0.1] * 89 + [0.3], [0.0, 0.002], 0.4, ["gone"])
+    assert (found.in_time_share, found.came, found.due, found.closed) == (0.89, 90, 100, ["gone"])
+    assert len(audio(0.32)) == 2 * 5120
+
+
+def test_cpu_of_threads_names_this_process() -> None:
+    threads = Threads(Tree(os.getpid()))
+    sum(i * i for i in range(3_000_000))
+    used = threads.cpu_s()
+    assert max(used.values()) > 0.0
+    assert used[max(used, key=lambda thread: used[thread])] < 60.0

@@ -95,7 +95,7 @@ def test_any_other_ray_application_passes_through(tmp_path: Path) -> None:
         (file_with(route_prefix="embed"), ["route_prefix", "must begin with '/'"]),
         (file_with(route_prefix="/embed/"), ["must not end with '/'", "'/embed'"]),
         (file_with(import_path="serve_app.builder:dynamc"), ["did you mean 'dynamic'?"]),
-        (file_with(import_path="serve_app.builder:continuous"), ["not in this version"]),
+        (file_with(import_path="serve_app.builder:console"), ["not in this version"]),
         (file_with(import_path="nothing"), ["import_path", "'module:name'"]),
         (file_with(args=[]), ["args", "expected keys"]),
         (with_args(max_batchsize=8), ["args", "value 8", "did you mean 'max_batch_size'?"]),

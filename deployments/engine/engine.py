@@ -77,6 +77,14 @@ class Engine:
     def running(self) -> int:
         return self.limits.slots - self.scheduler.free_slots
 
+    def forget(self) -> None:
+        """After warm-up: counters and the prefix cache begin anew; what was learned of steps stays."""
+        self.counters = Counters()
+        self.scheduler.preemptions = 0
+        self._begin_every_s = self._last_begin = None
+        if self.scheduler.pool is not None:
+            self.scheduler.pool.forget()
+
     # -- the door ---------------------------------------------------------------------------------------
 
     def check_room(self, now: float, sequences: int, *, timeout_s: float = math.inf) -> None:

@@ -19,17 +19,17 @@ Two examples() of different length say that a dimension may vary; one says that 
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from deployments.core.contract import ModelCard, TensorSpec
-from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
-from deployments.runtime import items, tensors
+from deployments.core.errors import InvalidItem, ModelBroken
+from deployments.runtime import items, tensors, user_code
 from deployments.runtime.device import Staged, Stager, is_out_of_memory, on_device
 from deployments.runtime.model_class import (
     ModelClassError,
-    as_json,
     check_class,
     check_embeds,
     declared_by,
@@ -100,13 +100,8 @@ class Adapter:
         self._bind(model)
         if getattr(model, "embeds", False):
             check_embeds(self.outputs, self.name)
-        self._examples = self._read_examples()
+        self._examples = user_code.examples_of(self._model)
         self._example_dims = self._dims_of_examples()
-
-    def _read_examples(self) -> list[Any]:
-        method = getattr(self._model, "examples", None)
-        found = [] if method is None else list(method())
-        return [as_json(item, f"{self.name}.examples()[{index}]") for index, item in enumerate(found)]
 
     def _dims_of_examples(self) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
         """Shape that all examples share, -1 where they differ; None: nothing to compare with."""
@@ -133,21 +128,9 @@ class Adapter:
 
     def card(self, app_name: str) -> ModelCard:
         """What HTTP may know; after load. ModelClassError where a schema is no JSON."""
-
-        def attribute(name: str, default: Any) -> Any:
-            return getattr(self._model, name, default)
-
-        return ModelCard(
-            name=app_name,
-            inputs=self.inputs,
-            outputs=self.outputs,
-            media_types=tuple(attribute("media_types", ())),
-            item_key=attribute("item_key", None),
-            item_schema=as_json(attribute("item_schema", {}), f"{self.name}.item_schema"),
-            output_schema=as_json(attribute("output_schema", {}), f"{self.name}.output_schema"),
-            examples=tuple(self.examples()),
-            embeds=bool(attribute("embeds", False)),
-            cost_unit=str(attribute("cost_unit", "items")),
+        card = user_code.card_of(self._model, app_name, self.inputs, self.outputs)
+        return replace(
+            card, examples=tuple(self.examples()), embeds=bool(getattr(self._model, "embeds", False))
         )
 
     # Per item, before the batch
@@ -165,16 +148,7 @@ class Adapter:
         if self._preprocess is None:
             return items.read_example(item, self.inputs)
         self._check_item(item)
-        try:
-            return self._preprocess(items.plain_json(item))
-        except ServingError:
-            raise
-        except ValueError as error:
-            raise InvalidItem(str(error) or "the model can't take this item") from error
-        except RecursionError as error:
-            raise InvalidItem("the item is nested too deep") from error
-        except BaseException as error:
-            raise self._failure("preprocess", error) from error
+        return user_code.read("preprocess", self._preprocess, items.plain_json(item))
 
     def _check_item(self, item: Any) -> None:
         """With the model's own preprocess `inputs` describes the item, where that is a list."""
@@ -206,7 +180,7 @@ class Adapter:
         """In the model's cost unit, above 0; ModelBroken where the model says otherwise."""
         if self._cost is None:
             return 1.0
-        cost = self._call("cost", self._cost, example)
+        cost = user_code.call("cost", self._cost, example)
         if not positive_number(cost):
             raise ModelBroken(f"cost returned {cost!r:.40}, not a number above 0")
         return float(cost)
@@ -215,7 +189,7 @@ class Adapter:
         """(type, message) on what was done to the item but should be known, or None."""
         if self._warning is None:
             return None
-        found = self._call("warning", self._warning, example)
+        found = user_code.call("warning", self._warning, example)
         return None if found is None else (str(found[0]), str(found[1]))
 
     # The batch, on the model thread
@@ -281,7 +255,7 @@ class Adapter:
                 if hasattr(output, "dtype") and self._is_checked
                 else (tensors.to_json(output))
             )
-        return tensors.to_json(self._call("postprocess", self._postprocess, output))
+        return tensors.to_json(user_code.call("postprocess", self._postprocess, output))
 
     @property
     def _is_checked(self) -> bool:
@@ -292,22 +266,11 @@ class Adapter:
         if output is tensors.NON_FINITE:
             raise ModelBroken("output holds NaN or Infinity")
         if self._to_tensors is not None:
-            named: dict[str, Any] = self._call("to_tensors", self._to_tensors, output)
+            named: dict[str, Any] = user_code.call("to_tensors", self._to_tensors, output)
         else:
             if self._postprocess is not None:  # `outputs` describes what leaves, not what forward gave
-                output = self._call("postprocess", self._postprocess, output)
+                output = user_code.call("postprocess", self._postprocess, output)
             named = tensors.to_named_arrays(output, self.outputs)
         if not tensors.is_finite(named):
             raise ModelBroken("output holds NaN or Infinity")
         return named
-
-    def _call(self, what: str, method: Callable[[Any], Any], argument: Any) -> Any:
-        try:
-            return method(argument)
-        except ServingError:
-            raise
-        except BaseException as error:  # SystemExit and CancelledError too: only this item fails
-            raise self._failure(what, error) from error
-
-    def _failure(self, what: str, error: BaseException) -> ModelFailed:
-        return ModelFailed.of(f"the model raised {type(error).__name__} in {what}", error)

@@ -1,13 +1,14 @@
 """One suite that every dynamic-batching model passes: ours, and a user's own.
 
 Owns: what is checked and what each failure means. Must not know: Ray, HTTP, which model it is.
+A step-wise class has its own suite with the same kind of report: step_conformance.py.
 It answers: does the class keep the contract ("Your own model"), and does an item get in a crowd
 what it gets alone? Whether threads may share the model is the audit's question.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from deployments.core.errors import InvalidItem, ServingError
 from deployments.runtime import items, tensors
@@ -83,14 +84,18 @@ def check_model(
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         raise ModelClassError(f"{adapter.name}.load raised {what}") from error
-    report = Report(adapter.name)
-    subject = _Subject(adapter, max_batch_size)
-    for check in CHECKS:
-        report.results.append(_run(check, subject))
-    return report
+    return run_checks(adapter.name, CHECKS, _Subject(adapter, max_batch_size))
 
 
-def _run(check: "Callable[[_Subject], str | None]", subject: "_Subject") -> Result:
+S = TypeVar("S")
+
+
+def run_checks(model: str, checks: Sequence[Callable[[S], str | None]], subject: S) -> Report:
+    """Every check's result, in order; one that fails doesn't stop the others."""
+    return Report(model, [_run(check, subject) for check in checks])
+
+
+def _run(check: Callable[[S], str | None], subject: S) -> Result:
     name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
     try:
         return Result(name, True, check(subject) or "")
@@ -204,7 +209,12 @@ def is_deterministic(subject: _Subject) -> None:
 
 def is_in_eval_mode(subject: _Subject) -> None:
     """every module is in eval mode"""
-    for name, module in modules_of(subject.adapter.model):
+    check_eval_mode(subject.adapter.model)
+
+
+def check_eval_mode(model: Any) -> None:
+    """Raise CheckFailed, naming the module, where one is in training mode."""
+    for name, module in modules_of(model):
         if module.training:
             raise CheckFailed(f"{name} is in training mode: call .eval() in load")
 
@@ -220,7 +230,7 @@ def costs_are_sound(subject: _Subject) -> str:
 
 def bad_items_are_refused(subject: _Subject) -> str:
     """items that it can't take are refused by preprocess with ValueError"""
-    taken = [item for item in (*HOSTILE_ITEMS, _deep_list()) if _is_taken(subject, item)]
+    taken = [item for item in (*HOSTILE_ITEMS, deep_list()) if _is_taken(subject, item)]
     return f"{len(HOSTILE_ITEMS) + 1 - len(taken)} refused, {len(taken)} taken"
 
 
@@ -232,20 +242,21 @@ def _is_taken(subject: _Subject, item: Any) -> bool:
         return False
     except ServingError as error:
         raise CheckFailed(
-            f"preprocess({_short(item)}): {error}; raise ValueError for what the model can't take"
+            f"preprocess({shorten(item)}): {error}; raise ValueError for what the model can't take"
         ) from error
     try:
         subject.adapter.cost(example)
         subject.answers([example])
     except Exception as error:
         raise CheckFailed(
-            f"preprocess took {_short(item)}, then the model failed: {error}; "
+            f"preprocess took {shorten(item)}, then the model failed: {error}; "
             "declare `inputs`, or raise ValueError in preprocess"
         ) from error
     return True
 
 
-def _short(item: Any) -> str:
+def shorten(item: Any) -> str:
+    """The item as text, 40 characters at most."""
     try:
         text = repr(item)
     except RecursionError:
@@ -253,7 +264,8 @@ def _short(item: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _deep_list() -> list[Any]:
+def deep_list() -> list[Any]:
+    """A list nested DEEP deep."""
     nested: list[Any] = []
     for _ in range(DEEP):
         nested = [nested]

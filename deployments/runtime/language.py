@@ -3,6 +3,7 @@
 Owns: the Protocol. Must not know: networks, tokenizers, Ray, HTTP.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from deployments.core.generation import Delta, GenerationRequest
@@ -21,6 +22,8 @@ class LanguageModel(Protocol):
     block_units: int
     block_bytes: int
     shares_blocks: bool
+    item_schema: Mapping[str, Any]  # of /predict's item and output
+    output_schema: Mapping[str, Any]
 
     def load(self, device: str) -> None:
         """Read weights and tokenizer; model thread. Shows progress where it takes long."""
@@ -39,6 +42,10 @@ class LanguageModel(Protocol):
 
     def read_item(self, item: Any) -> GenerationRequest:
         """An item of /predict: a string, a list of messages, or an object with "messages" and options."""
+        ...
+
+    def examples(self) -> list[Any]:
+        """A few items of /predict, for /docs."""
         ...
 
     def answer(self, sequence: Sequence, deltas: list[Delta]) -> Any:

@@ -81,21 +81,43 @@ def check_class(model_class: type, model_args: Mapping[str, Any]) -> None:
     """Raise ModelClassError unless the class can be made with `model_args` and called by us."""
     if not inspect.isclass(model_class):
         raise ModelClassError(f"{model_class!r} is not a class; {SHAPE_OF_A_CLASS}")
-    for method, arguments in SIGNATURES.items():
-        _check_method(model_class, method, arguments)
+    for method in REQUIRED:
+        require_method(model_class, method, SIGNATURES[method], SHAPE_OF_A_CLASS)
+    check_use(model_class, model_args, SIGNATURES)
+
+
+def check_use(
+    model_class: type, model_args: Mapping[str, Any], signatures: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Raise ModelClassError unless what the class has of `signatures` can be called so, and its
+    arguments and declared tensors fit."""
+    for method, arguments in signatures.items():
+        if _has_method(model_class, method):
+            _check_method(model_class, method, arguments)
     _check_arguments(model_class, model_args)
     parse_specs(declared_by(model_class, "inputs"), f"{model_class.__name__}.inputs", "input")
     parse_specs(declared_by(model_class, "outputs"), f"{model_class.__name__}.outputs", "output")
 
 
-def _check_method(model_class: type, method: str, arguments: tuple[str, ...]) -> None:
-    name = model_class.__name__
-    right = f"def {method}({', '.join(('self', *arguments))})"
+def require_method(model_class: type, method: str, arguments: tuple[str, ...], shape: str) -> None:
+    """Raise ModelClassError, with the shape of a right class, where `method` is missing."""
+    if not _has_method(model_class, method):
+        right = _definition(method, arguments)
+        raise ModelClassError(f"{model_class.__name__} has no {method}; add `{right}`. {shape}")
+
+
+def _has_method(model_class: type, method: str) -> bool:
     found = inspect.getattr_static(model_class, method, None)
-    if found is None or getattr(found, "__name__", "") == "_forward_unimplemented":
-        if method in REQUIRED:
-            raise ModelClassError(f"{name} has no {method}; add `{right}`. {SHAPE_OF_A_CLASS}")
-        return
+    return found is not None and getattr(found, "__name__", "") != "_forward_unimplemented"
+
+
+def _definition(method: str, arguments: tuple[str, ...]) -> str:
+    return f"def {method}({', '.join(('self', *arguments))})"
+
+
+def _check_method(model_class: type, method: str, arguments: tuple[str, ...]) -> None:
+    name, right = model_class.__name__, _definition(method, arguments)
+    found = inspect.getattr_static(model_class, method)
     if not callable(getattr(model_class, method)):
         raise ModelClassError(f"{name}.{method} is not a method; it must be `{right}`")
     function = inspect.unwrap(getattr(model_class, method))

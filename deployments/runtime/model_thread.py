@@ -66,6 +66,11 @@ class ModelThread:
         """Let queued calls finish, then end the thread. Does not wait."""
         self._calls.put(None)
 
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread's end after `close`. A thread that is still inside torch when the interpreter
+        ends aborts the process ("terminate called without an active exception")."""
+        self._thread.join(timeout_s)
+
     def _loop(self) -> None:
         while (run := self._calls.get()) is not None:
             self._busy_since = time.monotonic()

@@ -24,6 +24,16 @@ NAMES = (
     "poison",
     "soak",
     "giveup",
+    "tokens",
+    "stepcpu",
+    "arrivals",
+    "longprompt",
+    "prefix",
+    "vadsocket",
+    "vadengine",
+    "vadws",
+    "denoiser",
+    "vanish",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 

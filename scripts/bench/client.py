@@ -12,6 +12,7 @@ import asyncio
 import multiprocessing
 import re
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Plan:
     """connections 0: open loop, as many as needed. Otherwise so many send one after the other.
 
     duration_s: a closed loop goes round the shots until then; None: through them once.
+    batch_size: of an open loop that waits for whole batches: what has come by then, so many at most,
+    leaves together, and the next when all of them have ended; lag_s holds that wait. 0: no such batches.
     """
 
     port: int
@@ -60,6 +63,7 @@ class Plan:
     connections: int = 0
     duration_s: float | None = None
     keeps_bodies: bool = False
+    batch_size: int = 0
     host: str = "127.0.0.1"
 
 
@@ -111,6 +115,8 @@ class _Driver:
         self._plan = plan
         self.idle: list[_Connection] = []
         self.samples: list[Sample] = []
+        self._held: deque[tuple[Shot, float]] = deque()  # for the next whole batch
+        self._under_way = 0  # of a whole batch
         self._unfinished = 0
         self._next = 0
         self._finished = asyncio.Event()
@@ -133,8 +139,17 @@ class _Driver:
             delay_s = self.began + shot.at_s - self.loop.time()
             if delay_s > 0:
                 await asyncio.sleep(delay_s)
-            self._launch(shot, self.began + shot.at_s)
+            self._held.append((shot, self.began + shot.at_s))
+            self._release()
         await self._finished.wait()
+
+    def _release(self) -> None:
+        """Send what waits; nobody joins a whole batch that is under way."""
+        if self._under_way:
+            return
+        for _ in range(min(len(self._held), self._plan.batch_size or len(self._held))):
+            self._under_way += self._plan.batch_size > 0
+            self._launch(*self._held.popleft())
 
     async def _closed_loop(self) -> None:
         self._unfinished = self._plan.connections
@@ -180,8 +195,11 @@ class _Driver:
         self.samples.append(sample)
         if self._plan.connections:
             self._launch_next()
-        else:
-            self._end_one()
+            return
+        if self._plan.batch_size:
+            self._under_way -= 1
+            self._release()
+        self._end_one()
 
     def _end_one(self) -> None:
         self._unfinished -= 1

@@ -21,10 +21,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _stat(pid: int) -> tuple[str, list[str]] | None:
-    """(name, fields from `state` on) of /proc/PID/stat; None where the process is gone."""
+def _stat(pid: int, thread: int | None = None) -> tuple[str, list[str]] | None:
+    """(name, fields from `state` on) of /proc/PID/stat, or a thread's; None where it is gone."""
+    task = "" if thread is None else f"/task/{thread}"
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}{task}/stat").read_text()
     except OSError:
         return None
     name = text[text.index("(") + 1 : text.rindex(")")]
@@ -99,3 +100,27 @@ class CpuMeter:
         after, wall_s = self._tree.cpu_s(), time.monotonic() - self._began
         names = {name: after[name] - self._before.get(name, 0.0) for name in after}
         return sum(names.values()), {n: round(s, 3) for n, s in names.items() if s > 0.004}, wall_s
+
+
+class Threads:
+    """CPU seconds of a tree's threads since this was made; a thread that ended meanwhile is lost."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._before = self._read()
+
+    def cpu_s(self) -> dict[tuple[str, int], float]:
+        """(process name, thread id) -> seconds."""
+        return {thread: s - self._before.get(thread, 0.0) for thread, s in self._read().items()}
+
+    def _read(self) -> dict[tuple[str, int], float]:
+        found = {}
+        for pid, (name, _) in self._tree.members().items():
+            try:
+                numbers = os.listdir(f"/proc/{pid}/task")
+            except OSError:
+                continue
+            for number in numbers:
+                if (stat := _stat(pid, int(number))) is not None:
+                    found[name, int(number)] = sum(map(int, stat[1][11:13])) / TICKS
+        return found

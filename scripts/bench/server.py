@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import yaml
 
 from scripts.bench.processes import Tree, free_port
+from serve_app import environment
+from serve_app.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 180.0
@@ -38,6 +40,11 @@ def application(name: str, model: str, **args: Any) -> dict[str, Any]:
         "args": {"model": model, **args},
         "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}}],
     }
+
+
+def continuous(name: str, model: str, **args: Any) -> dict[str, Any]:
+    """The same for a model whose sequences join and leave at every step."""
+    return application(name, model, **args) | {"import_path": "serve_app.builder:continuous"}
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -160,6 +167,38 @@ class Server(Spawned):
         super().stop()
         self._folder.cleanup()
 
+    def scale(self, app: str, replicas: int) -> None:
+        """Another num_replicas by Ray's own `serve deploy`; returns when the replicas are there, or gone."""
+        plan = self._plan()
+        for entry in plan.deploy["applications"]:
+            if entry["name"] == app:
+                entry["deployments"][0]["num_replicas"] = replicas
+        path = Path(self._folder.name) / "scaled.yaml"
+        path.write_text(yaml.safe_dump(plan.deploy, sort_keys=False))
+        address = f"http://127.0.0.1:{plan.dashboard_port}"
+        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(path), "--address", address]
+        environ = dict(os.environ)
+        environment.load(path, environ)
+        subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self._running_replicas(app) != replicas:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{app} did not get {replicas} replicas:\n{self.log()[-4000:]}")
+            time.sleep(0.5)
+
+    def _plan(self) -> Plan:
+        """What the launcher gave to the server process: the file that is its last argument."""
+        for pid in self.tree.members():
+            words = _command_line(pid).split(b"\0")
+            if b"serve_app.server" in words:
+                return Plan.read(Path(words[words.index(b"serve_app.server") + 1].decode()))
+        raise RuntimeError("the server process is gone")
+
+    def _running_replicas(self, app: str) -> int:
+        """By their processes: Ray names each after its application and deployment."""
+        title = f"ServeReplica:{app}:".encode()
+        return sum(title in _command_line(pid) for pid in self.tree.members())
+
     def stats(self, app: str) -> dict[str, Any]:
         """/stats of the application's replica; schema in docs/reference/stats.md."""
         status, body = self.get(f"/{app}/stats")
@@ -167,3 +206,11 @@ class Server(Spawned):
             raise RuntimeError(f"/{app}/stats answered {status}: {body[:200]!r}")
         value: dict[str, Any] = json.loads(body)
         return value
+
+
+def _command_line(pid: int) -> bytes:
+    """Words separated by NUL; empty where the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

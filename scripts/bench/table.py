@@ -19,13 +19,23 @@ TITLES = {
     "poison": "2 % poison, batches of 16: innocents that fail",
     "soak": "10,000 requests, 1 % each poison, cancelled, late",
     "giveup": "2,000 clients give up after 50 ms, then ordinary load",
+    "tokens": "SmolLM2-135M fp32, 24 requests at once, 16 slots: output tokens/s against others",
+    "stepcpu": "CPU outside the model, of a decode step of 16 rows",
+    "arrivals": "SmolLM2, Poisson at 0.6 of capacity: mean latency against whole batches",
+    "longprompt": "A prompt of 1,500 tokens among 8 streams: longest gap against the usual one",
+    "prefix": "16 requests, one system prompt of 400 tokens: time to first token, warm against none",
+    "vadsocket": "A /vad socket for 5 minutes while /embed is scaled three times",
+    "vadengine": "silero-vad in the engine: real-time streams",
+    "vadws": "silero-vad over WebSocket, 99 % of results within 250 ms: real-time streams",
+    "denoiser": "Denoiser of 4-50 steps, Poisson 20/s: mean latency against whole batches",
+    "vanish": "1,000 clients connect, stream and vanish",
 }
 
 _HEAD = """# Benchmarks
 
 Written by `python -m scripts.bench table` from `results/*.json`; don't edit. Every result holds its
 configuration, git sha (a `+`: the tree had changes), hardware and versions. `make bench` runs all (about
-half an hour), `brimful bench NAME` one, `--short` a form of seconds that proves nothing.
+two hours), `brimful bench NAME` one, `--short` a form of seconds that proves nothing.
 
 Absolute figures belong to this machine, whose speed drifts by tens of percent; ratios are between
 measurements of one run that took turns. The client runs on the same cores as the server.
@@ -60,16 +70,19 @@ def _machine(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _targets(results: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = ["| benchmark | figure | reach | measured | reached | git sha |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| name | benchmark | figure | reach | measured | reached | git sha |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, title in TITLES.items():
         result = results.get(name)
         if result is None:
-            rows.append(f"| {title} | | | not measured | | |")
+            rows.append(f"| {name} | {title} | | | not measured | | |")
             continue
         for figure, text in result["target"].items():
             value = _number(_look_up(result["figures"], figure))
             reached = "yes" if result["reached"][figure] else "**no**"
-            first = title if figure == next(iter(result["target"])) else ""
+            first = f"{name} | {title}" if figure == next(iter(result["target"])) else "|"
             rows.append(f"| {first} | `{figure}` | {text} | {value} | {reached} | {result['git_sha']} |")
     rows += ["", *_ceilings(results)]
     return "\n".join(rows) + "\n"

@@ -7,7 +7,7 @@ server's lies between two of the ceiling's, and the median of the ratios is the 
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -65,6 +65,20 @@ class Turns:
             "strangers_cores": middle("strangers_cores", 3),
             "rounds": [{name: round(value, 3) for name, value in r.items()} for r in self.rounds],
         }
+
+
+def against_neighbours(rates: Mapping[str, Sequence[float]], first: str = "ours") -> dict[str, float]:
+    """How many times faster `first` was than each other: the median over rounds.
+
+    Measured as A B C A B C A: `first` has one value more, and each round of another is compared with
+    the mean of the two beside it (harmonic: rates over equal work).
+    """
+    own = rates[first]
+    ratios = {}
+    for name, others in rates.items():
+        if name != first:
+            ratios[name] = median(2 / (1 / own[i] + 1 / own[i + 1]) / other for i, other in enumerate(others))
+    return ratios
 
 
 class Strangers:

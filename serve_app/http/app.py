@@ -5,18 +5,23 @@ know: Ray, the model behind the Service.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
-from starlette.routing import BaseRoute, Route, Router
+from starlette.routing import BaseRoute, Route, Router, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.core.contract import Service
+from deployments.core.contract import Service, StreamingService, Streams, TextService
 from deployments.core.errors import NoSuchRoute
+from serve_app.http.chat import Chat
 from serve_app.http.errors import Dialect, dialect_of
 from serve_app.http.exchange import Call, Endpoint, Handler, Reply, json_reply
 from serve_app.http.native import Native
 from serve_app.http.oip import OpenInference
-from serve_app.http.openai import OpenAI
+from serve_app.http.openai import Embeddings, Models
 from serve_app.http.openapi import Description
+from serve_app.http.streams import ByteStreams
+from serve_app.http.websockets import ROUTE as WS_ROUTE
+from serve_app.http.websockets import WebSocketStream, refuse_plain_http
 
 Table = Mapping[str, Mapping[str, Handler]]
 """Path below the prefix, as Starlette spells it, to method to handler."""
@@ -35,7 +40,8 @@ def make_app(service: Service, *, adds_request_id: bool = False) -> ASGIApp:
         "/stats": {"GET": _stats_of(service)},
         **Description(service).routes(),
         **OpenInference(service).routes(),
-        **(OpenAI(service).routes() if service.card.embeds else {}),
+        **_openai_routes(service),
+        **_stream_routes(service),
     }
     routes: list[BaseRoute] = [
         Route(
@@ -50,8 +56,30 @@ def make_app(service: Service, *, adds_request_id: bool = False) -> ASGIApp:
         )
         for path, handlers in table.items()
     ]
+    if WS_ROUTE in table:
+        socket = WebSocketStream(cast(StreamingService, service), adds_request_id=adds_request_id)
+        routes.append(WebSocketRoute(WS_ROUTE, socket))
     unknown = _Unknown(service, table, adds_request_id=adds_request_id)
     return Router(routes, default=unknown, redirect_slashes=False)
+
+
+def _openai_routes(service: Service) -> Table:
+    card = service.card
+    if not (card.embeds or card.generates):
+        return {}
+    routes = Models(service).routes()
+    if card.embeds:
+        routes |= Embeddings(service).routes()
+    if card.generates:
+        routes |= Chat(cast(TextService, service)).routes()  # what `generates` promises
+    return routes
+
+
+def _stream_routes(service: Service) -> Table:
+    if service.card.streams is Streams.NONE:
+        return {}
+    streams = ByteStreams(cast(StreamingService, service)).routes()  # what `streams` promises
+    return streams | {WS_ROUTE: {"GET": refuse_plain_http}}
 
 
 async def _alive(call: Call) -> Reply:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.core.contract import Service
 from deployments.core.errors import ClientLeft, InternalError, MethodNotAllowed, ServingError
@@ -39,14 +39,17 @@ encode_json = msgspec.json.Encoder().encode
 class Call:
     """A request's head; the body is still to be read from `receive`.
 
-    headers: lower-case names; of a repeated header the last. held_bytes: of its body, counted by
-    body.py, which has its `at_end` called when the request is over.
+    headers: lower-case names; of a repeated header the last. send, adds_request_id: for an answer in
+    pieces, see head_of. held_bytes: of its body, counted by body.py, which has its `at_end` called
+    when the request is over.
     """
 
     scope: Scope
     receive: Receive
+    send: Send
     headers: Mapping[bytes, bytes]
     request_id: str
+    adds_request_id: bool
     held_bytes: int = 0
     at_end: Callable[["Call"], None] | None = None
 
@@ -56,12 +59,16 @@ class Call:
 
 @dataclass(slots=True)
 class Reply:
-    """What goes back; `headers` holds what there is besides content-type and content-length."""
+    """What goes back; `headers` holds what there is besides content-type and content-length.
+
+    is_sent: the handler has sent it all, in pieces; `status` says how it ended, to be counted.
+    """
 
     body: bytes
     status: int = 200
     content_type: bytes = JSON_TYPE
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    is_sent: bool = False
 
 
 Handler = Callable[[Call], Awaitable[Reply]]
@@ -75,6 +82,23 @@ def error_reply(error: ServingError, dialect: Dialect, request_id: str) -> Reply
     """The answer to a request that failed as a whole."""
     body = encode_json(BODY[dialect](error, request_id))
     return Reply(body, status_of(error), headers=headers_of(error))
+
+
+def failure_reply(error: Exception, dialect: Dialect, *, route: str, request_id: str) -> Reply:
+    """The answer to whatever a handler raised; a fault of ours is logged, and its caller told no details."""
+    if not isinstance(error, ServingError):
+        error = InternalError.of("something went wrong on our side; the log knows the request id", error)
+    if status_of(error) == 500:
+        log_failure(error, route=route, request_id=request_id)
+    return error_reply(error, dialect, request_id)
+
+
+def head_of(reply: Reply, call: Call, *lengths: tuple[bytes, bytes]) -> Message:
+    """The message that starts an answer; lengths: its content-length, which one in pieces has not."""
+    headers = [(b"content-type", reply.content_type), *lengths, *reply.headers]
+    if call.adds_request_id:
+        headers.append((b"x-request-id", call.request_id.encode()))
+    return {"type": "http.response.start", "status": reply.status, "headers": headers}
 
 
 def request_id_of(headers: Mapping[bytes, bytes]) -> str:
@@ -139,7 +163,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        call = Call(scope, receive, headers, request_id_of(headers))
+        call = Call(scope, receive, send, headers, request_id_of(headers), self._adds_request_id)
         try:
             handler = self._handlers.get(scope["method"])
             if handler is None:
@@ -151,16 +175,14 @@ class Endpoint:
             if isinstance(left, ClientLeft):
                 return
             raise
-        except ServingError as error:
-            reply = self._failed(error, call.request_id)
-        except Exception as bug:
-            hidden = InternalError.of("something went wrong on our side; the log knows the request id", bug)
-            reply = self._failed(hidden, call.request_id)
+        except Exception as error:
+            reply = failure_reply(error, self._dialect, route=self._route, request_id=call.request_id)
         finally:
             if call.at_end is not None:
                 call.at_end(call)
         self._count(reply.status, route=self._route)
-        await self._send(reply, call, send)
+        if not reply.is_sent:
+            await _send(reply, call)
 
     def _method_not_allowed(self, method: str) -> MethodNotAllowed:
         allowed = ", ".join(self._allow)
@@ -168,19 +190,8 @@ class Endpoint:
             f"{self._route} does not take {method[:20]}; use {allowed}", allow=self._allow
         )
 
-    def _failed(self, error: ServingError, request_id: str) -> Reply:
-        if status_of(error) == 500:
-            log_failure(error, route=self._route, request_id=request_id)
-        return error_reply(error, self._dialect, request_id)
 
-    async def _send(self, reply: Reply, call: Call, send: Send) -> None:
-        headers = [
-            (b"content-type", reply.content_type),
-            (b"content-length", b"%d" % len(reply.body)),
-            *reply.headers,
-        ]
-        if self._adds_request_id:
-            headers.append((b"x-request-id", call.request_id.encode()))
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        body = b"" if call.scope["method"] == "HEAD" else reply.body
-        await send({"type": "http.response.body", "body": body})
+async def _send(reply: Reply, call: Call) -> None:
+    await call.send(head_of(reply, call, (b"content-length", b"%d" % len(reply.body))))
+    body = b"" if call.scope["method"] == "HEAD" else reply.body
+    await call.send({"type": "http.response.body", "body": body})

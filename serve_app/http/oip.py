@@ -92,7 +92,7 @@ class OpenInference:
         items = read_items(request, tail, self._card, self._service.limits.max_items_per_request)
         answer = await self._service.predict(items, _options(call, request, len(body)))
         raise_first_error(answer)
-        outputs = response_outputs(answer, list(wanted), self._outputs)
+        outputs = response_outputs(answer, list(wanted), self._card)
         return infer_reply(self._response_head(request, answer), outputs, wanted, answer)
 
     def _response_head(self, request: InferRequest, answer: Answer) -> dict[str, Any]:

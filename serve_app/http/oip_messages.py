@@ -99,7 +99,10 @@ def wanted_outputs(request: InferRequest, declared: Mapping[str, TensorSpec]) ->
 
 
 def read_items(request: InferRequest, tail: memoryview, card: ModelCard, max_items: int) -> list[Any]:
-    """One item a row of dimension 0: the row itself, or a dict where several inputs are declared."""
+    """One item a row of dimension 0: the row itself, or a dict where several inputs are declared.
+
+    Where the card says `one_item`, the tensor as a whole.
+    """
     headers = _headers(request.inputs, card, max_items)
     rows: dict[str, Rows] = {}
     at = 0
@@ -119,7 +122,8 @@ def read_items(request: InferRequest, tail: memoryview, card: ModelCard, max_ite
         raise MalformedRequest(f"{len(tail) - at} bytes of binary data belong to no input")
     names = [spec.name for spec in card.inputs]
     if len(names) == 1:
-        return list(rows[headers[0].name])
+        only = rows[headers[0].name]
+        return [only] if card.one_item else list(only)
     return [dict(zip(names, row, strict=True)) for row in zip(*(rows[name] for name in names), strict=True)]
 
 
@@ -141,7 +145,7 @@ def _headers(tensors: Sequence[InputTensor], card: ModelCard, max_items: int) ->
     if len(counts) > 1:
         raise MalformedRequest("the inputs differ in dimension 0, the number of items")
     count = counts.pop()
-    if count > max_items:
+    if count > max_items and not card.one_item:
         raise too_many_items(count, max_items, param="inputs")
     return list(headers.values())
 
@@ -209,13 +213,15 @@ def _copied(error: ServingError) -> ServingError:
     return twin
 
 
-def response_outputs(answer: Answer, wanted: Sequence[str], specs: Mapping[str, TensorSpec]) -> list[Output]:
-    """The wanted outputs of all items, each as one tensor."""
+def response_outputs(answer: Answer, wanted: Sequence[str], card: ModelCard) -> list[Output]:
+    """The wanted outputs of all items, each as one tensor (of the only item where it is `one_item`)."""
+    datatypes = {spec.name: spec.datatype for spec in card.outputs}
     values = [outcome.value for outcome in answer.outcomes]
     for value in values:
         if not isinstance(value, dict) or not all(name in value for name in wanted):
             raise ModelBroken("the model's outputs are not those it declares")
-    return [stack_output(name, specs[name].datatype, [value[name] for value in values]) for name in wanted]
+    outputs = [stack_output(name, datatypes[name], [value[name] for value in values]) for name in wanted]
+    return [output.only_item() for output in outputs] if card.one_item else outputs
 
 
 def infer_reply(

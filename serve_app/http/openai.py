@@ -1,7 +1,8 @@
-"""OpenAI's embeddings API, for applications whose model turns one item into one vector.
+"""OpenAI's embeddings API, for applications whose model turns one item into one vector, and its models.
 
-Owns: POST /v1/embeddings, GET /v1/models. Must not know: how a text is embedded. Source: OpenAI's API
-reference, "Create embeddings"; the `openai` client asks for base64 unless told otherwise.
+Owns: POST /v1/embeddings; GET /v1/models of every application with OpenAI's routes. Must not know: how a
+text is embedded. Source: OpenAI's API reference, "Create embeddings" and "Models"; the `openai` client
+asks for base64 unless told otherwise.
 """
 
 import base64
@@ -45,28 +46,44 @@ def _read_request(body: bytes, max_items: int) -> EmbeddingRequest:
     return decode_counted(BigEmbeddingRequest, _REQUEST_SHAPE, body, limit=max_items, param="input")
 
 
-class OpenAI:
-    """The handlers under /v1 for one service whose card says `embeds`."""
+class Models:
+    """The one model of a service, as OpenAI lists models."""
+
+    def __init__(self, service: Service) -> None:
+        self._name = service.card.name
+        self._json = {"id": self._name, "object": "model", "created": 0, "owned_by": "brimful"}
+
+    def routes(self) -> dict[str, dict[str, Handler]]:
+        return {"/v1/models": {"GET": self.models}, "/v1/models/{id}": {"GET": self.model}}
+
+    async def models(self, call: Call) -> Reply:
+        return json_reply({"object": "list", "data": [self._json]})
+
+    async def model(self, call: Call) -> Reply:
+        self.check(call.path_param("id"))
+        return json_reply(self._json)
+
+    def check(self, name: str) -> None:
+        """Raise NoSuchRoute unless `name` is the application's."""
+        if name != self._name:
+            raise NoSuchRoute(
+                f"there is no model {name[:80]!r} here; this application serves '{self._name}'",
+                param="model",
+            )
+
+
+class Embeddings:
+    """The handler of a service whose card says `embeds`."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._name = service.card.name
+        self._models = Models(service)
         self._output = service.card.outputs[0].name
         self._dimensions = service.card.outputs[0].shape[-1]
 
     def routes(self) -> dict[str, dict[str, Handler]]:
-        return {
-            "/v1/embeddings": {"POST": self.embeddings},
-            "/v1/models": {"GET": self.models},
-            "/v1/models/{id}": {"GET": self.model},
-        }
-
-    async def models(self, call: Call) -> Reply:
-        return json_reply({"object": "list", "data": [self._model_json()]})
-
-    async def model(self, call: Call) -> Reply:
-        self._check_model(call.path_param("id"))
-        return json_reply(self._model_json())
+        return {"/v1/embeddings": {"POST": self.embeddings}}
 
     async def embeddings(self, call: Call) -> Reply:
         media = parse_content_type(call.headers.get(b"content-type")).media
@@ -74,22 +91,12 @@ class OpenAI:
             raise unsupported(media, (JSON_MEDIA,))
         body = await read_body(call, self._service)
         request = _read_request(body, self._service.limits.max_items_per_request)
-        self._check_model(request.model)
+        self._models.check(request.model)
         self._check_formats(request)
         options = request_options(call, timeout_ms=None, priority=0, body_bytes=len(body), as_tensors=True)
         answer = await self._service.predict(self._texts(request.input), options)
         raise_first_error(answer)
         return self._reply(answer, as_base64=request.encoding_format == "base64")
-
-    def _model_json(self) -> dict[str, Any]:
-        return {"id": self._name, "object": "model", "created": 0, "owned_by": "brimful"}
-
-    def _check_model(self, name: str) -> None:
-        if name != self._name:
-            raise NoSuchRoute(
-                f"there is no model {name[:80]!r} here; this application serves '{self._name}'",
-                param="model",
-            )
 
     def _check_formats(self, request: EmbeddingRequest) -> None:
         if request.encoding_format not in ("float", "base64"):

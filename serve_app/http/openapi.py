@@ -7,8 +7,8 @@ docs.html beside this file draws it without loading anything from elsewhere.
 from pathlib import Path
 from typing import Any
 
-from deployments.core.contract import Limits, ModelCard, Service
-from serve_app.http import schemas
+from deployments.core.contract import Limits, ModelCard, Service, Streams
+from serve_app.http import chat_schemas, schemas
 from serve_app.http.exchange import Call, Handler, Reply, json_reply
 from serve_app.http.oip_messages import BINARY_MEDIA
 from serve_app.http.schemas import OPEN, STRING, Schema, array, record
@@ -62,8 +62,10 @@ class Description:
 def describe(card: ModelCard, limits: Limits) -> dict[str, Any]:
     """The OpenAPI document, without `servers`: the prefix is known only when a request comes."""
     paths = _own_paths(card, limits) | _oip_paths(card, limits)
-    if card.embeds:
+    if card.embeds or card.generates:
         paths |= _openai_paths(card, limits)
+    if card.streams is not Streams.NONE:
+        paths |= _stream_paths(card)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -133,6 +135,28 @@ def _predict(card: ModelCard, limits: Limits) -> dict[str, Any]:
     )
 
 
+def _stream_paths(card: ModelCard) -> dict[str, Any]:
+    """/ws has no description in OpenAPI but this: what plain HTTP gets there."""
+    failure = record({"error": schemas.NATIVE_ERROR})
+    content = _content({"type": "string", "format": "binary"}, "application/octet-stream")
+    if card.streams is Streams.REQUEST:
+        content = _content(dict(card.item_schema))
+    stream = _operation(
+        "Outputs as lines of JSON, each as soon as it is ready, while input still comes.",
+        OPEN,
+        failure,
+        ON_WORK,
+        requestBody={"required": True, "content": content},
+        parameters=[_TIMEOUT],
+    )
+    lines = {"type": "string", "description": "A line an output; an error on the way is a last line."}
+    stream["responses"]["200"]["content"] = _content(lines, "application/x-ndjson")
+    socket = _get("The same as a WebSocket.", OPEN, failure=failure, also=("400",))
+    socket["get"]["responses"]["101"] = {"description": "a WebSocket from here on"}
+    del socket["get"]["responses"]["200"]
+    return {"/stream": {"post": stream}, "/ws": socket}
+
+
 def _oip_paths(card: ModelCard, limits: Limits) -> dict[str, Any]:
     failure = record({"error": STRING})
     unready = {"type": "object"}
@@ -195,23 +219,35 @@ def _openai_paths(card: ModelCard, limits: Limits) -> dict[str, Any]:
         }
     )
     models = record({"object": {"const": "list"}, "data": array(model)})
-    embed = _operation(
-        "Embed texts (OpenAI).",
-        schemas.embedding_answer(),
-        failure,
-        ("404", *ON_WORK),
-        requestBody={
-            "required": True,
-            "content": _content(schemas.embedding_request(card, limits)),
-        },
-        parameters=[_TIMEOUT],
-    )
     one = _get("This model.", model, failure=failure, also=("404",))
-    return {
-        "/v1/embeddings": {"post": embed},
+    paths: dict[str, Any] = {
         "/v1/models": _get("The models, one.", models, failure=failure),
         "/v1/models/{id}": one | {"parameters": [_path_parameter("id", card.name)]},
     }
+    if card.embeds:
+        request, answer = schemas.embedding_request(card, limits), schemas.embedding_answer()
+        paths["/v1/embeddings"] = {"post": _openai_work("Embed texts (OpenAI).", request, answer)}
+    if card.generates:
+        request, answer = chat_schemas.chat_request(card), chat_schemas.chat_answer()
+        chat = _openai_work("Go on with a chat (OpenAI).", request, answer)
+        request, answer = chat_schemas.completion_request(card, limits), chat_schemas.completion_answer()
+        completion = _openai_work("Go on with a text (OpenAI).", request, answer)
+        for operation in (chat, completion):
+            events = {"schema": {"description": "With `stream`: an event a chunk, then [DONE]."}}
+            operation["responses"]["200"]["content"]["text/event-stream"] = events
+        paths |= {"/v1/chat/completions": {"post": chat}, "/v1/completions": {"post": completion}}
+    return paths
+
+
+def _openai_work(summary: str, request: Schema, answer: Schema) -> dict[str, Any]:
+    return _operation(
+        summary,
+        answer,
+        record({"error": schemas.OPENAI_ERROR}),
+        ("404", *ON_WORK),
+        requestBody={"required": True, "content": _content(request)},
+        parameters=[_TIMEOUT],
+    )
 
 
 def _path_parameter(name: str, only: str) -> dict[str, Any]:

@@ -202,6 +202,11 @@ class Output:
     shape: tuple[int, ...]
     flat: Array | list[str | bytes]
 
+    def only_item(self) -> "Output":
+        """Without dimension 0, which is 1."""
+        flat = self.flat[0] if isinstance(self.flat, np.ndarray) else self.flat
+        return Output(self.name, self.datatype, self.shape[1:], flat)
+
 
 def stack_output(name: str, datatype: str, values: Sequence[Any]) -> Output:
     """Items' values of one output as one tensor with dimension 0 for the items.

