@@ -52,7 +52,7 @@ def with_deployment(**options: Any) -> dict[str, Any]:
 
 def test_the_shipped_file_is_right() -> None:
     checked = check_file(ROOT / "config.yaml", ROOT)
-    assert [app.prefix for app in checked.apps] == ["/embed", "/classify"]
+    assert [app.prefix for app in checked.apps] == ["/embed", "/classify", "/chat", "/vad"]
     assert checked.host == "127.0.0.1"
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-ALLOWED = ("*.json", "*.txt", "model.safetensors")
+ALLOWED = ("*.json", "*.txt", "*.jinja", "model.safetensors", "model-*.safetensors")
 """Of a Hugging Face repository only these are fetched; nothing in them can run code."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import yaml
 
 from scripts.bench.processes import Tree, free_port
-from serve_app import environment
 from serve_app.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,18 +167,15 @@ class Server(Spawned):
         self._folder.cleanup()
 
     def scale(self, app: str, replicas: int) -> None:
-        """Another num_replicas by Ray's own `serve deploy`; returns when the replicas are there, or gone."""
+        """Deploy another num_replicas; returns when the replicas' processes are there, or gone."""
         plan = self._plan()
         for entry in plan.deploy["applications"]:
             if entry["name"] == app:
                 entry["deployments"][0]["num_replicas"] = replicas
-        path = Path(self._folder.name) / "scaled.yaml"
-        path.write_text(yaml.safe_dump(plan.deploy, sort_keys=False))
-        address = f"http://127.0.0.1:{plan.dashboard_port}"
-        command = [str(Path(sys.executable).with_name("serve")), "deploy", str(path), "--address", address]
-        environ = dict(os.environ)
-        environment.load(path, environ)
-        subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True)
+        path = Path(self._folder.name) / "scaled.json"
+        plan.write(path)
+        command = [sys.executable, "-m", "scripts.bench.redeploy", str(path)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=START_TIMEOUT_S)
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._running_replicas(app) != replicas:
             if time.monotonic() > deadline:

@@ -32,7 +32,7 @@ class FrontEnd:
         self._template = ChatTemplate(folder, self._tokenizer)
         self._vocabulary = Vocabulary(self._tokenizer)
         self._grammars = GrammarCompiler(self._tokenizer, self.vocab_size, sorted(self.eos))
-        # A text of more characters can't fit; to encode one takes up to a second a megabyte.
+        # A text of more characters can't fit; to encode one takes a second or two a megabyte.
         self._max_chars = self.context_tokens * max(map(len, self._tokenizer.get_vocab()))
 
     def prepare(self, request: GenerationRequest) -> list[Sequence]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from deployments.core.errors import ModelBroken, ModelFailed, ServingError
-from deployments.engine.sequence import Advance, Copy, Step
+from deployments.engine.sequence import Advance, Copy, Sequence, Step
 from deployments.models.llm.choice import Choice, Sampled
 from deployments.models.llm.layout import Layout, arrange
 from deployments.models.llm.network import Attention, Network
@@ -90,21 +90,22 @@ class LLMRunner:
         ran = sampled = time.perf_counter()
         if logits is not None:
             pairs = zip(layout.works, layout.places, strict=True)
-            lasting = [(work.sequence.payload, place) for work, place in pairs if work.is_last]
-            tokens = self._sampler.sample(logits, [choice for choice, _ in lasting])
+            lasting = [(work.sequence, place) for work, place in pairs if work.is_last]
+            tokens = self._sampler.sample(logits, [sequence.payload for sequence, _ in lasting])
             sampled = time.perf_counter()
-            for (choice, place), token in zip(lasting, tokens, strict=True):
-                advances[place] = _accept(choice, token)
+            for (sequence, place), token in zip(lasting, tokens, strict=True):
+                advances[place] = _accept(sequence, token)
         self.times = StepTimes(ran - began, sampled - ran, time.perf_counter() - sampled)
         return advances
 
 
-def _accept(choice: Choice, sampled: Sampled) -> Advance:
+def _accept(sequence: Sequence, sampled: Sampled) -> Advance:
     """What the token makes of one sequence; whatever fails here fails this sequence alone."""
     if not sampled.is_finite:
         return Advance(error=ModelBroken("the model's logits hold NaN or Infinity"))
+    choice: Choice = sequence.payload
     try:
-        delta = choice.accept(sampled)
+        delta = choice.accept(sampled, cached_tokens=sequence.cached)
     except ServingError as error:
         return Advance(error=error)
     except Exception as error:  # of one sequence's text or grammar: its batch-mates go on

@@ -1,8 +1,8 @@
 """The next token of every row of a step, in one batched call.
 
 Owns: the order of all that changes logits, the noise, and that a row without an option pays nothing for it.
-Must not know: text, the engine. The vocabulary is never sorted unless a row needs it (43 ms for 16 rows of
-49,152). Source: vLLM's sampler for the order; Gumbel-max ("Lectures on extreme values", 1954) for drawing.
+Must not know: text, the engine. Source: vLLM's sampler for the order; Gumbel, "Statistical theory of extreme
+values" (1954) for drawing. Times here: 16 rows of 49,152 tokens on one core.
 """
 
 import math
@@ -16,8 +16,8 @@ from deployments.models.llm.grammar import forbid
 
 _GREEDY_BELOW = 1e-5  # as vLLM: a lower temperature is greedy anyway, and divides to infinities
 _PART = 128
-"""Rows are looked at in parts of so many tokens: the best of parts, then within one. 16 rows of 49,152:
-0.24 ms against 1.1 for torch's argmax (amax is vectorised, argmax is not), 0.8 against 2.2 for topk(64)."""
+"""Rows are looked at in parts of so many tokens: the best of parts, then within one. argmax takes 0.25 ms so
+against torch's 1.5 (amax is vectorised, argmax is not), topk(20) 0.7 against 2.2."""
 
 _FLOOR = -80.0
 """As good as never: noise lies between -4 and 37, the best at 0. exp is 20 times slower below it."""
@@ -135,7 +135,7 @@ def _draw_from_all(logits: torch.Tensor, keys: torch.Tensor, top_p: torch.Tensor
     """Draw from all [R, V], and again among the better ones while the token lies outside of top_p.
 
     Outside it does when those better than it hold top_p of the weight, and so does all that is worse.
-    No order is needed: sorting takes 20 times as long, and a nucleus may hold thousands.
+    No order is needed: a nucleus may hold thousands (this takes 5 ms at 0.999, sorting 66).
     Source: FlashInfer, "Sorting-free GPU kernels for LLM sampling" (2025).
     """
     weights = logits.exp()
@@ -217,8 +217,8 @@ def _gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Noise of each (key, id), float64 [R, K]; keys int64 [R], ids int64 [K] or [R, K].
 
     It belongs to the token, not to its rank or the batch, so logits that differ in their last bits give
-    the same text: near ties aside. One number against the cumulated probabilities has a border a token,
-    and logits that are off by 1e-4 then change a token in every few hundred.
+    the same text. One number a row against the cumulated probabilities has a border at every token: with
+    logits off by 1e-4 it changed 140 of 4,000 tokens of a flat distribution, this none.
     """
     bits = _mix(keys[:, None] + ids * _signed(_GOLDEN))
     uniform = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52

@@ -1,7 +1,7 @@
 """Messages to prompt text by the model's own chat template, and that text to token ids.
 
-Owns: the template's environment (as transformers sets it up, without importing it: 2 s), and that special
-tokens come from the template alone: in a message they are text. Must not know: requests, limits.
+Owns: the template's environment (as transformers sets it up, without importing it: over a second), and that
+special tokens come from the template alone: in a message they are text. Must not know: requests, limits.
 Source: transformers, utils/chat_template_utils.py.
 """
 

@@ -1,7 +1,7 @@
 """A /vad socket that is open while /embed is scaled three times: HAProxy reloads at each.
 
 `slow`: five minutes, more than HAProxy's own `hard-stop-after` of 120 s would let an old worker live. The
-scaling is Ray's own command, `serve deploy`, with another num_replicas. Every result must come, in order.
+scaling is the config deployed again with another num_replicas. Every result must come.
 """
 
 import threading
