@@ -63,7 +63,8 @@ class Engine:
         self._left: list[Sequence] = []  # had begun; the runner has not been told yet
         self._ended: list[Sequence] = []  # ended by the engine; the caller has not been told yet
         self._begin_every_s: float | None = None  # while others waited
-        self._last_begin: float | None = None
+        self._queue_since: float | None = None  # the last begin, or the queue's own, while others wait
+        self._most_cost = min(limits.step_cost, limits.lane_cost)  # as built: warm-up may lower both
 
     @property
     def limits(self) -> EngineLimits:
@@ -81,7 +82,7 @@ class Engine:
         """After warm-up: counters and the prefix cache begin anew; what was learned of steps stays."""
         self.counters = Counters()
         self.scheduler.preemptions = 0
-        self._begin_every_s = self._last_begin = None
+        self._begin_every_s = self._queue_since = None
         if self.scheduler.pool is not None:
             self.scheduler.pool.forget()
 
@@ -92,10 +93,10 @@ class Engine:
         if self.is_draining:
             raise Draining("this server is stopping; send the request to another", retry_after_s=1)
         wait_s = self.predicted_wait_s(sequences)
-        if self.waiting + sequences - self.scheduler.free_slots > self.limits.max_waiting:
+        allowed_s = max(0.0, min(timeout_s, self.max_queue_s))  # a deadline that has passed: see _expire
+        if self._ahead(sequences) > self.limits.max_waiting:
             reason = f"{self.waiting} sequences wait already (max_queue_items {self.limits.max_waiting})"
-        elif wait_s > min(timeout_s, self.max_queue_s):
-            allowed_s = min(timeout_s, self.max_queue_s)
+        elif wait_s > allowed_s:
             reason = f"it would begin in about {wait_s:.1f} s, over the {allowed_s:g} s allowed"
         else:
             return
@@ -104,17 +105,21 @@ class Engine:
 
     def predicted_wait_s(self, newcomers: int = 1) -> float:
         """Until the last of `newcomers` would begin, from the rate at which others began."""
-        ahead = self.waiting + newcomers - self.scheduler.free_slots
-        if ahead <= 0 or self._begin_every_s is None:
-            return 0.0
-        return ahead * self._begin_every_s
+        return max(0, self._ahead(newcomers)) * (self._begin_every_s or 0.0)
+
+    def _ahead(self, newcomers: int) -> int:
+        """Of those that wait and `newcomers`, how many can't begin at once."""
+        is_queue = self.waiting and self._queue_since is not None  # nobody gets past it, places or not
+        return self.waiting + newcomers - (0 if is_queue else self.scheduler.places)
 
     def submit(self, sequences: Values[Sequence], now: float) -> None:
         """Queue all or none. Raises what `check_room` raises, and InvalidItem for what never fits."""
         for sequence in sequences:
-            self._check_fits(sequence)
+            self.check_fits(sequence)
         timeout_s = min(sequence.deadline - now for sequence in sequences)
         self.check_room(now, len(sequences), timeout_s=timeout_s)
+        if not self.waiting:  # all of the queue left, or began: nothing to learn from its time
+            self._queue_since = None
         for sequence in sequences:
             sequence.serial = next(self._serials)
             sequence.prompt = sequence.known
@@ -122,11 +127,12 @@ class Engine:
             if sequence.deadline < math.inf:
                 self._push_deadline(sequence)
 
-    def _check_fits(self, sequence: Sequence) -> None:
-        most = min(self.limits.step_cost, self.limits.lane_cost)
-        if not sequence.cost <= most:
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raise InvalidItem for what could never run here. Any thread."""
+        if not sequence.cost <= self._most_cost:
             raise InvalidItem(
-                f"this sequence costs {sequence.cost:g}, a step holds {most:g} at most (max_sequences)"
+                f"this sequence costs {sequence.cost:g}, a step holds {self._most_cost:g} at most "
+                "(max_sequences)"
             )
         pool = self.scheduler.pool
         if pool is not None and pool.needed(sequence.max_units) > pool.total:
@@ -215,18 +221,23 @@ class Engine:
 
     def _note_begun(self, now: float) -> None:
         begun, self.scheduler.begun = self.scheduler.begun, []
-        if not begun:
-            return
+        self._learn_rate(len(begun), now)
         self.counters.begun += len(begun)
         for sequence in begun:
             if sequence.max_units:
                 self.counters.prompt_units += sequence.prompt
                 self.counters.cached_units += sequence.cached
-        if self._last_begin is not None and self.waiting:
-            every_s = (now - self._last_begin) / len(begun)
+
+    def _learn_rate(self, begun: int, now: float) -> None:
+        """Time without a queue says nothing about how fast one moves."""
+        if begun and self._queue_since is not None:
+            every_s = (now - self._queue_since) / begun
             known = every_s if self._begin_every_s is None else self._begin_every_s
             self._begin_every_s = RATE_MEMORY * known + (1.0 - RATE_MEMORY) * every_s
-        self._last_begin = now
+        if not self.waiting:
+            self._queue_since = None
+        elif begun or self._queue_since is None:
+            self._queue_since = now
 
     def commit(self, step: Step, advances: Values[Advance], now: float) -> None:
         """The step was run. Ended sequences are in `take_ended` afterwards."""

@@ -10,6 +10,8 @@ from collections.abc import Hashable, Iterator
 
 from deployments.engine.sequence import Sequence
 
+LEAST_STEP_S = 1e-6
+"""A step is never taken for shorter: on a clock too coarse to see it, keys still take turns."""
 PRIORITY_AGING_S = 5.0
 """Waiting this long is worth one level of priority, as in the batcher: nobody starves."""
 
@@ -20,14 +22,16 @@ def rank(sequence: Sequence, now: float) -> tuple[int, int]:
 
 
 class Lane:
-    """One key's sequences. running_cost: of those with a slot. deficit_s: time it may still use."""
+    """One key's sequences. running_cost: of those with a slot, the held ones aside, so that slow readers
+    keep nobody out. deficit_s: time it may still use."""
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.running: dict[Sequence, None] = {}
         self.ready: dict[Sequence, None] = {}  # running, with work, not held; who stepped goes last
-        self.running_cost = 0.0
         self.deficit_s = 0.0
+        self._costs: dict[Sequence, float] = {}  # of those that count
+        self.running_cost = 0.0
         self._waiting: dict[int, OrderedDict[Sequence, None]] = {}  # by priority, oldest first
 
     def __len__(self) -> int:
@@ -67,19 +71,32 @@ class Lane:
 
     def start(self, sequence: Sequence) -> None:
         self.running[sequence] = None
-        self.running_cost += sequence.cost
+        self._count(sequence)
 
     def stop(self, sequence: Sequence) -> None:
         del self.running[sequence]
         self.ready.pop(sequence, None)
-        self.running_cost = self.running_cost - sequence.cost if self.running else 0.0
+        self._count_no_more(sequence)
 
     def refresh(self, sequence: Sequence) -> None:
         """Its work or its hold changed: a ready one keeps its place."""
+        if sequence.is_held:
+            self._count_no_more(sequence)
+        else:
+            self._count(sequence)
         if sequence.remaining > 0 and not sequence.is_held:
             self.ready.setdefault(sequence)
         else:
             self.ready.pop(sequence, None)
+
+    def _count(self, sequence: Sequence) -> None:
+        if sequence not in self._costs:
+            self._costs[sequence] = sequence.cost
+            self.running_cost += sequence.cost
+
+    def _count_no_more(self, sequence: Sequence) -> None:
+        cost = self._costs.pop(sequence, 0.0)
+        self.running_cost = self.running_cost - cost if self._costs else 0.0  # no rounding stays
 
 
 class Turns:
@@ -87,7 +104,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.lanes: dict[Hashable, Lane] = {}
-        self._quantum_s = 1e-6
+        self._quantum_s = LEAST_STEP_S
 
     def lane(self, key: Hashable) -> Lane:
         lane = self.lanes.get(key)
@@ -110,8 +127,10 @@ class Turns:
             lane.deficit_s = 0.0
         else:
             # A round gives each lane the longest step of late, so nobody waits for many rounds.
+            elapsed_s = max(elapsed_s, LEAST_STEP_S)
             self._quantum_s = max(elapsed_s, 0.9 * self._quantum_s)
-            lane.deficit_s -= elapsed_s
+            # It owes a round at most: more comes only of time that those before it had no use for.
+            lane.deficit_s = max(lane.deficit_s - elapsed_s, -self._quantum_s)
         if lane.deficit_s <= 0.0 and lane.key in self.lanes:
             self.lanes[lane.key] = self.lanes.pop(lane.key)  # to the end of the round
         self.prune(lane)

@@ -7,7 +7,8 @@
    don't stall those that talk (pace.py).
 4. Then newcomers get slots: best rank first (priority, improved by age; then arrival), and nobody
    overtakes one who only lacks memory. A newcomer needs blocks for all that is known of it, and a spare
-   one for each that runs, so that it isn't let in only to be thrown out.
+   one for each that runs, so that it isn't let in only to be thrown out. Without KV memory a slot costs
+   nothing: it is given where the key has a place, and the newcomer joins those that take turns.
 5. Where memory is short, the worst rank of those that run gives its blocks back and waits again, first
    in its line. Its tokens are kept and computed anew (or found in the cache). The best rank is never
    thrown out, and fits alone (rule 6): so there is always progress.
@@ -28,8 +29,8 @@ from deployments.engine.sequence import Copy, Sequence, State, Work
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
     """step_cost: cost of the sequences that share a step. lane_cost: of those of one key that run, that
-    is, have a slot. slots: that run, all keys together. step_units: of a step; burst: of one sequence
-    in a step. max_waiting: sequences without a slot."""
+    is, have a slot, and are not held. slots: of all keys together. step_units: of a step; burst: of one
+    sequence in a step. max_waiting: sequences without a slot."""
 
     step_cost: float = 16.0
     lane_cost: float = 16.0
@@ -74,6 +75,12 @@ class Scheduler:
     def free_slots(self) -> int:
         return len(self._slots)
 
+    @property
+    def places(self) -> int:
+        """Newcomers of cost 1 that could begin now, memory aside; of several keys, those of the fullest."""
+        running_cost = sum(lane.running_cost for lane in self.turns.lanes.values())
+        return int(min(len(self._slots), max(0.0, self.limits.lane_cost - running_cost)))
+
     def enter(self, sequence: Sequence) -> None:
         """Into the line of its key."""
         sequence.state = State.WAITING
@@ -97,7 +104,7 @@ class Scheduler:
             draft = Draft(lane)
             self._continue(draft, now)
             self._admit(draft, now)
-            if draft.work:
+            if draft.work or draft.loads:
                 return draft
         return None
 
@@ -112,19 +119,28 @@ class Scheduler:
         if self.pool is not None:  # so that who gives way has not been served yet
             talking.sort(key=lambda sequence: rank(sequence, now))
         for sequence in talking:
-            if draft.cost + sequence.cost > self.limits.step_cost:
+            if not self._has_room(draft, sequence):
                 break
             if sequence.state is State.RUNNING and self._has_blocks(sequence, draft, now):
                 self._add(draft, sequence, 1)
-        draft.budget = self.pace.chunk(len(draft.work))
+        draft.budget = self._prompt_units(len(draft.work))
         for sequence in sorted(prompts, key=lambda sequence: rank(sequence, now)):
             if sequence.state is State.RUNNING:
                 draft.budget -= self._add(draft, sequence, draft.budget)
 
+    def _prompt_units(self, talking: int) -> int:
+        if self.limits.burst == 1:  # there are no prompts: newcomers need one unit, as all do
+            return self.limits.step_units - talking
+        return self.pace.chunk(talking)
+
+    def _has_room(self, draft: Draft, sequence: Sequence) -> bool:
+        """Alone, a sequence may cost more than is useful to share a step (the door knows the bound)."""
+        return not draft.work or draft.cost + sequence.cost <= self.limits.step_cost
+
     def _add(self, draft: Draft, sequence: Sequence, most: int) -> int:
         """Give it work for at most `most` units; how many."""
         count = min(most, sequence.remaining, self.limits.burst)
-        if count <= 0 or draft.cost + sequence.cost > self.limits.step_cost:
+        if count <= 0 or not self._has_room(draft, sequence):
             return 0
         is_last = count == sequence.remaining
         draft.work.append(Work(sequence, sequence.computed, count, is_last, sequence.blocks))
@@ -169,14 +185,14 @@ class Scheduler:
             if matched is None:
                 return
             self._start(sequence, draft, matched, now)
-            draft.budget -= self._add(draft, sequence, draft.budget)
+            if not sequence.is_held:
+                draft.budget -= self._add(draft, sequence, draft.budget)
 
     def _has_place(self, sequence: Sequence, draft: Draft) -> bool:
-        if draft.lane.running and draft.lane.running_cost + sequence.cost > self.limits.lane_cost:
+        running_cost = draft.lane.running_cost
+        if running_cost and running_cost + sequence.cost > self.limits.lane_cost:
             return False
-        if not sequence.remaining:  # an open stream: its slot costs the step nothing
-            return True
-        return draft.budget > 0 and draft.cost + sequence.cost <= self.limits.step_cost
+        return self.pool is None or (draft.budget > 0 and self._has_room(draft, sequence))
 
     def _start(self, sequence: Sequence, draft: Draft, matched: list[int], now: float) -> None:
         draft.lane.leave(sequence)

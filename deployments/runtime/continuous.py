@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from deployments.core.contract import Answer, Generation, Limits, ModelCard, Outcome, RequestOptions
@@ -113,7 +114,9 @@ class ContinuousService:
     def change_limits(self, limits: Limits) -> None:
         """Put new limits in force for what comes next; what memory was made for can't change in place."""
         self._limits = limits
-        self.loop.engine.max_queue_s = limits.max_queue_s or float("inf")
+        engine = self.loop.engine
+        engine.max_queue_s = limits.max_queue_s or float("inf")
+        engine.scheduler.limits = replace(engine.scheduler.limits, max_waiting=limits.max_queue_items)
 
     def check_health(self) -> None:
         """Raise RuntimeError when the model thread or the engine is gone or hangs; runs nothing."""

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench.redeploy PLAN`: deploy a changed config to a server of ours that runs.
+"""`python -m scripts.bench.redeploy PLAN GCS`: deploy a changed config to a server of ours that runs.
 
 Owns: reaching its Ray. What Ray's `serve deploy` does, but from a driver of our own: in Ray 2.60 the
 dashboard, which that command asks, looks for the GCS on the machine's address, and ours listens on loopback.
@@ -9,9 +9,6 @@ from pathlib import Path
 
 from serve_app import environment
 from serve_app.plan import Plan
-
-CLUSTER = Path("ray") / "ray_current_cluster"
-"""Under the run folder: the GCS's address, as Ray wrote it."""
 
 
 def main() -> None:
@@ -27,7 +24,7 @@ def main() -> None:
 
     loopback.keep_ray_on_loopback()
     ray.init(
-        address=(Path(plan.run_dir) / CLUSTER).read_text().strip(),
+        address=sys.argv[2],
         namespace="serve",
         log_to_driver=False,
         logging_level="ERROR",

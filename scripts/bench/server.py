@@ -174,7 +174,7 @@ class Server(Spawned):
                 entry["deployments"][0]["num_replicas"] = replicas
         path = Path(self._folder.name) / "scaled.json"
         plan.write(path)
-        command = [sys.executable, "-m", "scripts.bench.redeploy", str(path)]
+        command = [sys.executable, "-m", "scripts.bench.redeploy", str(path), self._gcs_address()]
         subprocess.run(command, cwd=ROOT, check=True, timeout=START_TIMEOUT_S)
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._running_replicas(app) != replicas:
@@ -189,6 +189,12 @@ class Server(Spawned):
             if b"serve_app.server" in words:
                 return Plan.read(Path(words[words.index(b"serve_app.server") + 1].decode()))
         raise RuntimeError("the server process is gone")
+
+    def _gcs_address(self) -> str:
+        """As the raylet was told."""
+        option = b"--gcs-address="
+        words = (word for pid in self.tree.members() for word in _command_line(pid).split(b"\0"))
+        return next(word.removeprefix(option).decode() for word in words if word.startswith(option))
 
     def _running_replicas(self, app: str) -> int:
         """By their processes: Ray names each after its application and deployment."""

@@ -16,7 +16,7 @@ from serve_app.http.schemas import OPEN, STRING, Schema, array, record
 WHY = {
     "400": "not JSON, or the wrong shape of request",
     "404": "no such model",
-    "408": "the body stalled",
+    "408": "the body stalled, or the stream was idle or open for too long",
     "413": "over max_body_bytes or max_items_per_request",
     "415": "a content type or encoding that is not read",
     "422": "well formed, but the model can't take an item",

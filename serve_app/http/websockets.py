@@ -6,7 +6,7 @@ know: HTTP bodies, what the bytes mean.
 Close codes per RFC 6455, 7.4.1 and the IANA registry: 1000 done, 1008 the caller's fault, 1011 ours, 1013
 try again later. A browser shows its page no status of a refused handshake, so what is refused is
 accepted first and then told. The server beneath closes by itself with 1009 over its own message limit
-(uvicorn: 16 MiB) and with 1011 where its pings stay unanswered (20 s).
+(uvicorn: 16 MiB); its pings are off (front.py), and silence is timed in duplex.py.
 """
 
 import asyncio

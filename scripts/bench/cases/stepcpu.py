@@ -36,7 +36,7 @@ def run(*, is_short: bool) -> Report:
         load.join()
     figures = {
         name: round(median(one[name] for one in rounds), 5)
-        for name in ("outside_share", "outside_ms", "step_ms", "rows")
+        for name in ("outside_share", "outside_share_of_all_cores", "outside_ms", "step_ms", "rows")
     }
     return Report(
         "stepcpu",
@@ -71,6 +71,7 @@ def _window(server: Server, window_s: float) -> dict[str, Any]:
     outside_s = sum(used_s.values()) - model_s + done.step_s["sample"]
     return {
         "outside_share": round(outside_s / wall_s, 5),
+        "outside_share_of_all_cores": round(outside_s / wall_s / len(os.sched_getaffinity(0)), 5),
         "outside_ms": round(1e3 * outside_s / done.steps, 4),
         "step_ms": round(1e3 * wall_s / done.steps, 3),
         "rows": round(done.units / done.steps, 2),
