@@ -30,6 +30,9 @@ MAX_WAITING_UNITS = 128
 FEED_BYTES = 32 * 1024
 """How a whole recording is fed: 1 s of 16-bit audio at 16 kHz, so that others' chunks come between."""
 
+CLOSE_S = 2.0
+"""How long `close` waits for the step that runs, and for the runner to hear who left."""
+
 Call = Callable[[Callable[[], list[Advance]]], Awaitable[list[Advance]]]
 
 
@@ -86,6 +89,7 @@ class EngineLoop:
         self._runner = runner
         self._call = call
         self._wake = asyncio.Event()
+        self._is_closing = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -113,7 +117,11 @@ class EngineLoop:
             stream.fail(error)
 
     async def close(self) -> None:
+        """Take no more, and stop once the runner has heard of all that left; call after `end_all`."""
+        self.engine.is_draining = self._is_closing = True
+        self.wake()
         if self._task is not None:
+            await asyncio.wait([self._task], timeout=CLOSE_S)
             self._task.cancel()
             await asyncio.wait([self._task])
 
@@ -124,14 +132,17 @@ class EngineLoop:
                 began = self.clock()
                 step = self.engine.plan(began)
                 self._tell_ended()
-                if step is None:
-                    await self._idle()
-                else:
+                if step is not None:
                     await self._step(step, self.clock() - began)
+                elif self._is_closing:
+                    return
+                else:
+                    await self._idle()
         except asyncio.CancelledError:
             raise
         except BaseException:
             logger.exception("event=engine_loop_failed")
+            self.engine.is_draining = True  # nobody would plan for who comes now
             self.end_all(InternalError("the engine failed; the log has the reason"))
             raise
 
@@ -239,6 +250,8 @@ class Stream:
         chunks = self._loop.chunks
         assert chunks is not None, "only for models with chunk()"
         self._check_open()
+        if self.sequence.state is State.ENDED:  # the model is done, or the reader left: nobody wants it
+            return
         try:
             units = chunks.split(self.sequence, data)
         except ServingError as error:
@@ -260,6 +273,8 @@ class Stream:
             self.end_input()
         except ServingError:
             pass
+        except Exception as bug:
+            self.fail(InternalError.of("the input could not be cut into chunks", bug))
 
     def _check_open(self) -> None:
         if self._is_over and self._error is not None:
@@ -268,7 +283,7 @@ class Stream:
     def end_input(self) -> None:
         chunks = self._loop.chunks
         assert chunks is not None, "only for models with chunk()"
-        if self.sequence.state is State.ENDED:
+        if self.sequence.state is State.ENDED or not self.sequence.is_open:
             return
         units = 0
         try:

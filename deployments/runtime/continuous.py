@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from deployments.core.contract import Answer, Generation, Limits, ModelCard, Outcome, RequestOptions
-from deployments.core.errors import Draining, InternalError, Overloaded, ServingError
+from deployments.core.errors import Draining, InternalError, Overloaded, RequestTooLarge, ServingError
 from deployments.core.generation import GenerationRequest
 from deployments.engine.engine import Engine
 from deployments.engine.figures import EngineFigures, EngineSink, NoEngineSink
@@ -58,6 +58,7 @@ class ContinuousService:
         self._loop: EngineLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._device = "cpu"
+        self._is_warm = False
         self.figures = EngineFigures(self._sink, clock, front.sample_s)
 
     # -- start and stop -----------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class ContinuousService:
         self.figures = EngineFigures(self._sink, self._clock, self._front.sample_s)
         self._loop.observer = self.figures
         engine.forget()
+        self._is_warm = True
         self._tasks.append(asyncio.ensure_future(self._push_gauges()))
 
     def _load(self, place: Place, threads: int | None) -> tuple[Engine, Any]:
@@ -154,7 +156,7 @@ class ContinuousService:
         return self._limits
 
     def is_ready(self) -> bool:
-        return self._loop is not None and not self._loop.engine.is_draining
+        return self._is_warm and not self.loop.engine.is_draining
 
     def count_outcome(self, status: int, *, route: str) -> None:
         self.figures.count_request(status, route)
@@ -164,10 +166,15 @@ class ContinuousService:
         self.loop.engine.check_room(self._clock(), items, timeout_s=self._limits.timeout_ms / 1e3)
 
     def _check_streams(self, more: int) -> None:
-        if len(self.loop.streams) + more > self._limits.max_streams:
+        most = self._limits.max_streams
+        if more > most:
+            raise RequestTooLarge(
+                f"{more} sequences in one request, at most {most} may be open (max_streams)"
+            )
+        if len(self.loop.streams) + more > most:
+            self.loop.engine.counters.refused += more
             raise Overloaded(
-                f"{len(self.loop.streams)} streams are open, at most {self._limits.max_streams} may be "
-                "(max_streams)",
+                f"{len(self.loop.streams)} streams are open, at most {most} may be (max_streams)",
                 retry_after_s=1,
             )
 
@@ -212,12 +219,17 @@ class ContinuousService:
         self.check_room(len(items))
         prepared = await self._read(lambda: [self._prepare(item) for item in items], options.body_bytes)
         sequences = [p[0] for p in prepared if not isinstance(p, ServingError)]
-        streams = iter(self._open(sequences, options, arrived) if sequences else [])
+        streams = self._open(sequences, options, arrived) if sequences else []
+        rest = iter(streams)
         jobs = [
-            _failed(p) if isinstance(p, ServingError) else self._collect(next(streams), p[1], options)
+            _failed(p) if isinstance(p, ServingError) else self._collect(next(rest), p[1], options)
             for p in prepared
         ]
-        outcomes = await asyncio.gather(*jobs)
+        try:
+            outcomes = await asyncio.gather(*jobs)
+        finally:  # a job that is cancelled before its first step never comes to its own `finally`
+            for stream in streams:
+                stream.close()
         began = [sequence.began for sequence in sequences if sequence.began is not None]
         now = self._clock()
         return Answer(
@@ -231,9 +243,10 @@ class ContinuousService:
         """(its sequence, the bytes to feed it), or why not."""
         try:
             request = self._front.read_item(item)
-            if self._front.chunks is None:
-                return self._front.prepare(request)[0], None
-            return self._front.prepare(None)[0], request
+            has_chunks = self._front.chunks is not None
+            sequence = self._front.prepare(None if has_chunks else request)[0]
+            self.loop.engine.check_fits(sequence)
+            return sequence, request if has_chunks else None
         except ServingError as error:
             return error
         except Exception as bug:
@@ -251,8 +264,7 @@ class ContinuousService:
             return Outcome(error=error)
         except Exception as bug:
             return Outcome(error=InternalError.of("the outputs could not be put together", bug))
-        finally:  # the client left, or the stream failed
-            stream.close()
+        finally:
             if feeding is not None:
                 feeding.cancel()
 
@@ -270,6 +282,7 @@ class ContinuousService:
             "device": self._device,
             "uptime_s": round(self._clock() - figures.started, 3),
             "in_flight": len(self.loop.streams),
+            "tasks": len(asyncio.all_tasks()),
             "engine": {
                 "running": engine.running,
                 "waiting": engine.waiting,

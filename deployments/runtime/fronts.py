@@ -92,7 +92,7 @@ class StepFront:
                 # Streams are all begun at once, and take turns where more have chunks than fit a step.
                 lane_cost=float("inf") if many else float(limits.max_sequences),
                 slots=limits.max_streams,
-                step_units=limits.max_sequences,
+                step_units=limits.max_streams,  # one each; what shares a step is bounded by cost
                 burst=1,
                 max_waiting=limits.max_queue_items,
             )
