@@ -64,7 +64,7 @@ class ContinuousBatching:
     def check_health(self) -> None:
         self._service.check_health()
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def __del__(self) -> None:
         """Ray awaits it when the replica has drained: `end` of what is still in hand is called."""
         if hasattr(self, "_service"):
             await self._service.close()

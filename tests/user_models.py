@@ -62,6 +62,37 @@ _NAMED = {
 }
 
 
+class Follower:
+    """Steps of a recurrent net: {"steps": n}. In step `fail_at` it raises, in step `nan_at` it gives NaN."""
+
+    def load(self, device: str) -> None:
+        torch.manual_seed(0)
+        self.cell = torch.nn.GRUCell(1, 8).eval().to(device)
+
+    def begin(self, request: Any) -> dict[str, torch.Tensor]:
+        if (
+            not isinstance(request, dict)
+            or type(request.get("steps")) is not int
+            or not 1 <= request["steps"] <= 1000
+        ):
+            raise ValueError('expected {"steps": 1 to 1000}')
+        state = {"hidden": torch.zeros(8), "step": torch.tensor(0), "steps": torch.tensor(request["steps"])}
+        return state | {name: torch.tensor(int(request.get(name, 0))) for name in ("fail_at", "nan_at")}
+
+    def step(
+        self, states: dict[str, torch.Tensor], inputs: list[None]
+    ) -> tuple[Any, list[float], list[bool]]:
+        step = states["step"] + 1
+        if bool((step == states["fail_at"]).any()):
+            raise RuntimeError("the model's own text")
+        hidden = self.cell(step.float().unsqueeze(1), states["hidden"])
+        outputs = hidden.mean(1).masked_fill(step == states["nan_at"], torch.nan)
+        return states | {"hidden": hidden, "step": step}, outputs.tolist(), (step == states["steps"]).tolist()
+
+    def examples(self) -> list[dict[str, int]]:
+        return [{"steps": 3}, {"steps": 5}]
+
+
 class NoForward:
     def load(self, device: str) -> None: ...
 

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from tests import user_models
 
@@ -26,12 +28,12 @@ applications:
     route_prefix: /embed
     import_path: serve_app.builder:dynamic
     args: {model: "deployments.models.minilm:MiniLM"}
-    deployments: [{name: model, ray_actor_options: {num_cpus: 0.5}}]
+    deployments: [{name: model, ray_actor_options: {num_cpus: 0.3}}]
   - name: classify
     route_prefix: /classify
     import_path: serve_app.builder:dynamic
     args: {model: "deployments.models.efficientnet:EfficientNetLite0", max_batch_size: 16}
-    deployments: [{name: model, ray_actor_options: {num_cpus: 0.5}}]
+    deployments: [{name: model, ray_actor_options: {num_cpus: 0.3}}]
   - name: doubler
     route_prefix: /doubler
     import_path: serve_app.builder:dynamic
@@ -42,6 +44,25 @@ applications:
     import_path: serve_app.builder:dynamic
     args: {model: "my_model:Fickle", max_batch_size: 16, max_queue_items: 64, max_items_per_request: 64}
     deployments: [{name: model, ray_actor_options: {num_cpus: 0.1}}]
+  - name: chat
+    route_prefix: /chat
+    import_path: serve_app.builder:continuous
+    args: {model: "deployments.models.smollm2:SmolLM2", max_sequences: 8, kv_bytes: 268435456}
+    deployments: [{name: model, ray_actor_options: {num_cpus: 0.3}}]
+  - name: vad
+    route_prefix: /vad
+    import_path: serve_app.builder:continuous
+    args:
+      model: "deployments.models.silero_vad:SileroVad"
+      max_sequences: 64
+      max_streams: 48
+      idle_timeout_s: 5
+    deployments: [{name: model, ray_actor_options: {num_cpus: 0.3}}]
+  - name: follower
+    route_prefix: /follower
+    import_path: serve_app.builder:continuous
+    args: {model: "my_model:Follower"}
+    deployments: [{name: model, ray_actor_options: {num_cpus: 0.1}}]
 """
 
 
@@ -51,6 +72,27 @@ class Server:
     port: int
     folder: Path
     log: Path
+
+    def stats(self, app: str) -> dict[str, Any]:
+        return dict(requests.get(f"{self.url}/{app}/stats", timeout=60).json())
+
+    def emptied(self, app: str) -> dict[str, Any]:
+        """A continuous application's figures once it serves nobody any more; it holds nothing then."""
+        for _ in range(400):
+            stats = self.stats(app)
+            held = {name: stats["engine"][name] for name in ("running", "waiting", "streams", "blocks_used")}
+            if not any(held.values()) and not stats["in_flight"]:
+                return stats
+            time.sleep(0.05)
+        raise AssertionError(f"{app} still holds something: {held}")
+
+    def running(self, app: str, sequences: int = 1) -> None:
+        """Until so many sequences have a slot."""
+        for _ in range(400):
+            if self.stats(app)["engine"]["running"] >= sequences:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{app} never ran {sequences} sequences")
 
 
 def free_port() -> int:
