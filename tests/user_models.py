@@ -63,7 +63,7 @@ _NAMED = {
 
 
 class Follower:
-    """Steps of a recurrent net: {"steps": n}. In step `fail_at` it raises, in step `nan_at` it gives NaN."""
+    """docs/howto/step-wise-model.md's, which counts down; it raises at `fail_at`, gives NaN at `nan_at`."""
 
     def load(self, device: str) -> None:
         torch.manual_seed(0)
@@ -76,18 +76,18 @@ class Follower:
             or not 1 <= request["steps"] <= 1000
         ):
             raise ValueError('expected {"steps": 1 to 1000}')
-        state = {"hidden": torch.zeros(8), "step": torch.tensor(0), "steps": torch.tensor(request["steps"])}
-        return state | {name: torch.tensor(int(request.get(name, 0))) for name in ("fail_at", "nan_at")}
+        faults = {name: torch.tensor(int(request.get(name, 0))) for name in ("fail_at", "nan_at")}
+        return {"hidden": torch.zeros(8), "left": torch.tensor(request["steps"]), **faults}
 
     def step(
         self, states: dict[str, torch.Tensor], inputs: list[None]
-    ) -> tuple[Any, list[float], list[bool]]:
-        step = states["step"] + 1
-        if bool((step == states["fail_at"]).any()):
+    ) -> tuple[dict[str, torch.Tensor], list[float], list[bool]]:
+        left = states["left"]
+        if bool((left == states["fail_at"]).any()):
             raise RuntimeError("the model's own text")
-        hidden = self.cell(step.float().unsqueeze(1), states["hidden"])
-        outputs = hidden.mean(1).masked_fill(step == states["nan_at"], torch.nan)
-        return states | {"hidden": hidden, "step": step}, outputs.tolist(), (step == states["steps"]).tolist()
+        hidden = self.cell(left.float().unsqueeze(1), states["hidden"])
+        outputs = hidden.mean(1).masked_fill(left == states["nan_at"], torch.nan)
+        return states | {"hidden": hidden, "left": left - 1}, outputs.tolist(), (left == 1).tolist()
 
     def examples(self) -> list[dict[str, int]]:
         return [{"steps": 3}, {"steps": 5}]

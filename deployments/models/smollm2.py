@@ -42,11 +42,19 @@ class SmolLM2:
     def load(self, device: str) -> None:
         folder = shipped() if self.path is None else find_folder(self.path)
         self._front = FrontEnd(folder)
-        self.context_tokens = self._front.context_tokens
         self._network = load_network(folder, device)
         facts = block_facts(self._network)
         self.block_units, self.block_bytes = facts.block_units, facts.block_bytes
         self.shares_blocks = facts.shares_blocks
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and output together; who has less KV memory than the model has context sets it lower."""
+        return self._front.context_tokens
+
+    @context_tokens.setter
+    def context_tokens(self, tokens: int) -> None:
+        self._front.context_tokens = tokens
 
     def make_runner(self, *, slots: int, blocks: int) -> Runner:
         sampler = Sampler(self._front.vocab_size)

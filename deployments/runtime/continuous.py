@@ -162,8 +162,15 @@ class ContinuousService:
         self.figures.count_request(status, route)
 
     def check_room(self, items: int) -> None:
+        self._check_room(items, RequestOptions())
+
+    def _check_room(self, items: int, options: RequestOptions) -> None:
         self._check_streams(items)
-        self.loop.engine.check_room(self._clock(), items, timeout_s=self._limits.timeout_ms / 1e3)
+        self.loop.engine.check_room(self._clock(), items, timeout_s=self._timeout_s(options))
+
+    def _timeout_s(self, options: RequestOptions) -> float:
+        """Until when the caller wants its sequences begun."""
+        return (self._limits.timeout_ms if options.timeout_ms is None else options.timeout_ms) / 1e3
 
     def _check_streams(self, more: int) -> None:
         most = self._limits.max_streams
@@ -188,7 +195,7 @@ class ContinuousService:
     async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
         """See core.contract.TextService."""
         arrived = self._clock()
-        self.check_room(request.n)
+        self._check_room(request.n, options)
         sequences = await self._read(lambda: self._front.prepare(request), options.body_bytes)
         prompt_tokens = sequences[0].known
         return Generation(self._open(sequences, options, arrived), prompt_tokens)
@@ -198,10 +205,10 @@ class ContinuousService:
     ) -> list[Stream]:
         self._check_streams(len(sequences))
         arrived = self._clock() if arrived is None else arrived
-        timeout_ms = self._limits.timeout_ms if options.timeout_ms is None else options.timeout_ms
+        timeout_s = self._timeout_s(options)
         for sequence in sequences:
             sequence.arrived = arrived
-            sequence.deadline = arrived + timeout_ms / 1e3
+            sequence.deadline = arrived + timeout_s
             sequence.priority = options.priority
         return self.loop.open(sequences)
 
@@ -216,7 +223,7 @@ class ContinuousService:
     async def predict(self, items: Sequence[Any], options: RequestOptions) -> Answer:
         """See core.contract.Service: each item is a sequence of its own, read to its end."""
         arrived = self._clock()
-        self.check_room(len(items))
+        self._check_room(len(items), options)
         prepared = await self._read(lambda: [self._prepare(item) for item in items], options.body_bytes)
         sequences = [p[0] for p in prepared if not isinstance(p, ServingError)]
         streams = self._open(sequences, options, arrived) if sequences else []

@@ -3,7 +3,9 @@
 It is started from a folder outside the repository, where a user's `my_model.py` lies.
 """
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,13 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
+from serve_app import processes
 from tests import user_models
 
 CONFIG = """
@@ -73,6 +79,12 @@ class Server:
     folder: Path
     log: Path
 
+    @property
+    def session(self) -> int:
+        """The process session that all of the server's processes belong to."""
+        run_dir = Path(f"/tmp/brimful-{os.getuid()}/{self.port}")
+        return int(json.loads((run_dir / "server.json").read_text())["server"])
+
     def stats(self, app: str) -> dict[str, Any]:
         return dict(requests.get(f"{self.url}/{app}/stats", timeout=60).json())
 
@@ -86,13 +98,29 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"{app} still holds something: {held}")
 
-    def running(self, app: str, sequences: int = 1) -> None:
-        """Until so many sequences have a slot."""
-        for _ in range(400):
-            if self.stats(app)["engine"]["running"] >= sequences:
+    def reaches(self, app: str, figure: str, least: int) -> None:
+        """Until a figure of the application's engine is at least so much."""
+        for _ in range(1000):
+            if self.stats(app)["engine"][figure] >= least:
                 return
-            time.sleep(0.02)
-        raise AssertionError(f"{app} never ran {sequences} sequences")
+            time.sleep(0.01)
+        raise AssertionError(f"{figure} of {app} never reached {least}")
+
+
+def received(connection: socket.socket) -> bytes:
+    """An answer that says its length, from a plain socket; less where no more comes in time."""
+    answer = b""
+    with suppress(TimeoutError):
+        while True:
+            head, _, body = answer.partition(b"\r\n\r\n")
+            length = re.search(rb"\r\ncontent-length: (\d+)", head.lower())
+            if length is not None and len(body) >= int(length[1]):
+                return answer
+            part = connection.recv(65_536)
+            if not part:
+                return answer
+            answer += part
+    return answer
 
 
 def free_port() -> int:
@@ -131,7 +159,42 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
     try:
         wait_ready(process, log)
-        yield Server(f"http://127.0.0.1:{port}", port, folder, log)
+        server = Server(f"http://127.0.0.1:{port}", port, folder, log)
+        yield server
+        # Its end is a test too, without a start of its own.
+        stop_with_open_streams(server, process)
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=30)
+
+
+def stop_with_open_streams(server: Server, process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM: open streams go on through the grace and are told of the end; no process is left."""
+    asked = {"model": "chat", "prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    url = f"ws://127.0.0.1:{server.port}/vad/ws"
+    with (
+        requests.post(f"{server.url}/chat/v1/completions", json=asked, stream=True, timeout=60) as chat,
+        connect(url, compression=None, proxy=None, open_timeout=60) as audio,
+    ):
+        events = (line for line in chat.iter_lines() if line)
+        assert b'"text"' in next(events)
+        assert "speech" in follow(audio)
+        session = server.session
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while "error" not in (result := follow(audio)):
+            time.sleep(0.2)
+        assert result["error"]["type"] == "shutting_down"
+        last = list(events)[-1]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+    assert process.wait(timeout=30) == 0
+    assert time.monotonic() - began < 12  # 10 s, and what a busy machine adds
+    assert processes.session_members(session) == []
+
+
+def follow(audio: ClientConnection) -> dict[str, Any]:
+    """The result of one more frame, or what came in its place."""
+    with suppress(ConnectionClosed):
+        audio.send(bytes(1024))
+    return dict(json.loads(audio.recv(timeout=30)))

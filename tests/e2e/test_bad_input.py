@@ -14,7 +14,7 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, received
 
 CAT = (Path(__file__).parent.parent / "data" / "cat.jpg").read_bytes()
 
@@ -279,10 +279,7 @@ def upload(server: Server, parts: list[bytes], pause_s: float, head: str) -> byt
         for part in parts:
             connection.sendall(part)
         connection.settimeout(pause_s)
-        try:
-            return connection.recv(65_536)
-        except TimeoutError:
-            return b""
+        return received(connection)
 
 
 def test_a_client_that_stops_half_way_gets_408_and_holds_nothing(server: Server) -> None:
