@@ -79,28 +79,34 @@ class Reference:
         return int((best[:, 0] - best[:, 1] < TIE).sum())
 
 
-@pytest.mark.timeout(300)
-async def test_greedy_text_is_transformers_whatever_the_crowd_does() -> None:
-    """32 prompts of 64 tokens: random arrivals, chunked prompts, preemptions, cache hits, one run."""
+@pytest.mark.parametrize(
+    ("prompts", "tokens"),
+    [(6, 32), pytest.param(32, 64, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+)
+async def test_greedy_text_is_transformers_whatever_the_crowd_does(prompts: int, tokens: int) -> None:
+    """Random arrivals, chunked prompts, preemptions, cache hits, in one run."""
     rng = random.Random(7)
     block_bytes = 16 * 30 * 2 * 3 * 64 * 4
-    async with serving(max_sequences=12, max_tokens_in_step=48, kv_bytes=60 * block_bytes) as service:
-        jobs = [generate(service, request(i, 64), rng.uniform(0, 4)) for i in range(32)]
-        texts = await asyncio.gather(*jobs)
+    blocks = 8 + prompts  # far less than they need together
+    async with serving(max_sequences=12, max_tokens_in_step=48, kv_bytes=blocks * block_bytes) as service:
+        jobs = [generate(service, request(i, tokens), rng.uniform(0, 1)) for i in range(prompts)]
+        texts = list(await asyncio.gather(*jobs))
+        # The crowd may have evicted all; what just ended is in the cache for sure.
+        texts += [await generate(service, request(1, 8)) for _ in range(2)]
         stats = service.stats()["engine"]
     assert stats["preemptions"] > 0
     assert stats["cached_units"] > 0
     assert stats["blocks_used"] == 0
     reference = Reference()
     ties = sum(reference.check(*text) for text in texts)
-    print(f"ties leaned on: {ties} of {32 * 64} tokens; preemptions: {stats['preemptions']}")
+    print(f"ties leaned on: {ties} of {prompts * tokens} tokens; preemptions: {stats['preemptions']}")
     assert ties <= 8
 
 
 async def test_a_seeded_request_gives_the_same_text_alone_and_in_a_crowd() -> None:
     def seeded() -> GenerationRequest:
         messages = [{"role": "user", "content": "Tell me about the sea."}]
-        return GenerationRequest(messages=messages, max_tokens=24, sampling=Sampling(seed=11), n=2)
+        return GenerationRequest(messages=messages, max_tokens=12, sampling=Sampling(seed=11), n=2)
 
     async def texts(service: ContinuousService) -> list[str]:
         generation = await service.generate(seeded(), RequestOptions())
@@ -114,7 +120,7 @@ async def test_a_seeded_request_gives_the_same_text_alone_and_in_a_crowd() -> No
 
     async with serving(max_sequences=8) as service:
         alone = await texts(service)
-        crowd = [asyncio.ensure_future(generate(service, request(i, 40))) for i in range(6)]
+        crowd = [asyncio.ensure_future(generate(service, request(i, 40))) for i in range(4)]
         await asyncio.sleep(0.3)
         assert await texts(service) == alone
         assert alone[0] != alone[1], "each choice has a seed of its own"

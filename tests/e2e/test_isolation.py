@@ -1,6 +1,7 @@
 """Failures, deadlines, overload and metrics on the real server."""
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,12 +111,17 @@ def test_a_list_that_fits_but_not_now_is_refused_whole(server: Server) -> None:
 
 
 def test_metrics_are_in_rays_prometheus_endpoint(server: Server) -> None:
-    folder = Path(f"/tmp/brimful-{__import__('os').getuid()}") / str(server.port)
+    folder = Path(f"/tmp/brimful-{os.getuid()}") / str(server.port)
     discovery = next(folder.rglob("prom_metrics_service_discovery.json"))
     wanted = {
         "queue_wait_seconds", "model_seconds", "batch_items", "batch_cost", "padding_share",
         "requests_total", "queue_items", "queue_cost", "slot_busy_share",
+        "ttft_seconds", "inter_token_seconds", "step_seconds", "step_units", "step_sequences",
+        "sequences_running", "sequences_waiting", "streams_open", "kv_used_share", "prefix_cached_share",
     }  # fmt: skip
+    asked = {"model": "chat", "prompt": "Hi", "max_tokens": 3, "ignore_eos": True}
+    requests.post(f"{server.url}/chat/v1/completions", json=asked, timeout=60)
+    requests.post(f"{server.url}/embed/predict", json={"inputs": ["a", "b"]}, timeout=60)
     missing = wanted
     for _ in range(30):
         targets = [t for entry in json.loads(discovery.read_text()) for t in entry["targets"]]
