@@ -251,7 +251,8 @@ def test_end_tokens_are_found(
 def test_items_are_read() -> None:
     question = [{"role": "user", "content": "hi"}]
     for item in ("hi", b"hi", question, {"messages": question}):
-        assert read_item(item) == GenerationRequest(messages=question, max_tokens=256)
+        greedy = Sampling(temperature=0.0)
+        assert read_item(item) == GenerationRequest(messages=question, max_tokens=256, sampling=greedy)
     request = read_item(
         {"prompt": "a", "max_tokens": 5, "temperature": 0, "top_p": 0.5, "seed": 3, "stop": "x"}
     )

@@ -29,7 +29,7 @@ _FIELDS = {
     "messages": _MESSAGES,
     "prompt": _TEXT,
     "max_tokens": {"type": "integer", "minimum": 1, "default": DEFAULT_TOKENS},
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 0},
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
     "seed": {"type": "integer"},
     "stop": {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}]},
@@ -98,7 +98,8 @@ def make_answer(prompt_tokens: int, deltas: list[Delta]) -> dict[str, Any]:
 
 
 def _read_sampling(item: dict[str, Any]) -> Sampling:
-    temperature = _read_number(item, "temperature", 0.0, 2.0)
+    # Without one, the most probable text: an item has one answer, as any other model's has.
+    temperature = _read_number({"temperature": 0.0, **item}, "temperature", 0.0, 2.0)
     top_p = _read_number(item, "top_p", 0.0, 1.0)
     if top_p == 0:
         raise InvalidItem("top_p must be over 0", param="top_p")
