@@ -84,7 +84,7 @@ class FakeChoice:
     raises: Exception | None = None
     tokens: list[int] = field(default_factory=list)
 
-    def accept(self, sampled: Sampled) -> Delta:
+    def accept(self, sampled: Sampled, *, cached_tokens: int = 0) -> Delta:
         if self.raises is not None:
             raise self.raises
         self.tokens.append(sampled.token)
@@ -111,7 +111,7 @@ def sequence(tokens: list[int], slot: int, most: int = 8, blocks: list[int] | No
 def work(one: Sequence, count: int | None = None) -> Work:
     """Its next `count` units, all of them by default."""
     count = one.remaining if count is None else min(count, one.remaining)
-    return Work(one, one.computed, count, is_last=count == one.remaining)
+    return Work(one, one.computed, count, is_last=count == one.remaining, blocks=one.blocks)
 
 
 def step(

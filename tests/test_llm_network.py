@@ -257,6 +257,17 @@ def test_pages_of_a_shared_prefix_serve_two_sequences(llama: tuple[Any, Network]
     assert first.payload.tokens == second.payload.tokens == expect(model, text, 4)
 
 
+def test_sequence_cancelled_while_its_step_starts_disturbs_nobody(llama: tuple[Any, Network]) -> None:
+    model, network = llama
+    runner = paged_runner(network, Greedy())
+    first, gone = sequence([3, 1, 4], 0, most=2, blocks=[0]), sequence([1, 5], 1, blocks=[1])
+    planned = step([work(first), work(gone)])
+    gone.blocks = []  # the engine took them back between the plan and the run
+    advance(runner, planned)
+    advance(runner, step([work(first)]))
+    assert first.payload.tokens == expect(model, [3, 1, 4], 2)
+
+
 def test_spans_cover_every_slot_once_and_separate_the_long_from_the_short() -> None:
     assert cut([], []) == []
     assert cut([3], [10]) == [Span(3, 4, 0, 1)]

@@ -147,7 +147,7 @@ def make_tables(layout: Layout, *, scratch: int, device: torch.device) -> Tables
     """Of one step. scratch: the page that fills the tables of shorter sequences."""
     works = layout.works
     most = max(-(-(work.start + work.count) // PAGE) for work in works)
-    pages = [(work.sequence.blocks + [scratch] * most)[:most] for work in works]
+    pages = [[*work.blocks, *([scratch] * most)][:most] for work in works]
     used = [work.start + work.count for work in works]
     starts = [*layout.firsts, layout.rows]
     return Tables(
@@ -166,7 +166,7 @@ def has_paged_kernel(device: torch.device, dtype: torch.dtype, shape: DecoderSha
     if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     count = PAGE + 3
-    layout = arrange([Work(Sequence(slot=0, blocks=[1, 0]), 0, count, is_last=True)])
+    layout = arrange([Work(Sequence(slot=0), 0, count, is_last=True, blocks=[1, 0])])
     tables = make_tables(layout, scratch=2, device=device)
     queries = torch.randn(count, shape.heads, shape.head_dim, device=device, dtype=dtype)
     pages = torch.randn(2, 3, PAGE, shape.kv_heads, shape.head_dim, device=device, dtype=dtype)
@@ -180,9 +180,8 @@ def has_paged_kernel(device: torch.device, dtype: torch.dtype, shape: DecoderSha
 
 def _places(work: Work) -> list[int]:
     """Where the rows of a work lie among all tokens of the pages."""
-    blocks = work.sequence.blocks
     units = range(work.start, work.start + work.count)
-    return [blocks[unit // PAGE] * PAGE + unit % PAGE for unit in units]
+    return [work.blocks[unit // PAGE] * PAGE + unit % PAGE for unit in units]
 
 
 def _causal(work: Work, device: torch.device) -> torch.Tensor | None:
