@@ -11,8 +11,10 @@ newcomers, so a long prompt takes twice as long as alone. The promise is three t
 FIRST_CHUNK = 32
 """Before anything is learned: from about 24 rows on a CPU is bound by arithmetic, no longer by weights."""
 SMALLEST_CHUNK = 16
-GROW, SHRINK = 1.25, 0.5
 MEMORY = 0.8
+OUTLIER = 2.0
+"""One step counts as at most so many times slower or faster than expected. Where other programs take turns on
+the cores, some steps take two or three times as long; halving the chunk at each kept it at the smallest."""
 
 
 class Pace:
@@ -20,28 +22,36 @@ class Pace:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._chunk = float(min(FIRST_CHUNK, most))
+        self._unit_s: float | None = None  # what a unit of a chunk adds to a step
         self._plain_s: dict[int, float] = {}  # step time without a chunk, by power of two of its rows
 
     def chunk(self, talking: int) -> int:
         """Units of prompts that may join a step with this many rows that talk."""
         room = self._most - talking
-        return room if not talking else max(0, min(room, int(self._chunk)))
+        if not talking:
+            return room
+        plain_s = self._plain(talking)
+        chunk: float = FIRST_CHUNK
+        if plain_s is not None and self._unit_s is not None:
+            chunk = max(SMALLEST_CHUNK, (STALL - 1.0) * plain_s / self._unit_s)
+        return max(0, min(room, int(chunk)))
 
     def observe(self, talking: int, chunk: int, elapsed_s: float) -> None:
         """A step took `elapsed_s` with this many rows and this much of prompts."""
-        if not talking:
+        if not talking or elapsed_s <= 0.0:
             return
         if not chunk:
             known = self._plain_s.get(talking.bit_length(), elapsed_s)
             self._plain_s[talking.bit_length()] = known + (1.0 - MEMORY) * (elapsed_s - known)
             return
         plain_s = self._plain(talking)
-        if plain_s is None or elapsed_s <= 0.0:
+        if plain_s is None:
             return
-        factor = min(GROW, max(SHRINK, STALL * plain_s / elapsed_s))
-        if factor < 1.0 or chunk >= int(self._chunk):  # a smaller chunk says nothing about a larger one
-            self._chunk = min(float(self._most), max(float(SMALLEST_CHUNK), factor * self._chunk))
+        known = self._unit_s or (STALL - 1.0) * plain_s / FIRST_CHUNK
+        unit_s = min(OUTLIER * known, max(known / OUTLIER, (elapsed_s - plain_s) / chunk))
+        # The short end of a prompt says little.
+        weight = min(1.0, chunk / max(1, self.chunk(talking)))
+        self._unit_s = known + (1.0 - MEMORY) * weight * (unit_s - known)
 
     def _plain(self, talking: int) -> float | None:
         if not self._plain_s:

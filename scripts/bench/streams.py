@@ -94,7 +94,8 @@ async def _follow(session: aiohttp.ClientSession, ask: Ask, began_s: float) -> H
 
 async def _read(session: aiohttp.ClientSession, ask: Ask, heard: Heard, began_s: float) -> None:
     loop = asyncio.get_running_loop()
-    headers = {"Content-Type": "application/json"}
+    # Ours must not refuse, after its default of 30 s, what another server would keep waiting.
+    headers = {"Content-Type": "application/json", "X-Request-Timeout-Ms": "600000"}
     async with session.post(ask.path, data=ask.body, headers=headers) as answer:
         heard.status = answer.status
         if answer.status != 200:
