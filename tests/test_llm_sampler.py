@@ -56,7 +56,7 @@ def some_logits(rows: int = 1, vocab: int = VOCAB, spread: float = 3.0, seed: in
 
 
 def sample(logits: torch.Tensor, choices: Sequence[Choice]) -> list[int]:
-    return [one.token for one in Sampler(logits.shape[1]).sample(logits.clone(), choices)]
+    return [one.token for one in Sampler().sample(logits.clone(), choices)]
 
 
 def draw_often(make: Make, logits: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -226,7 +226,7 @@ def test_a_row_that_is_not_finite_is_marked_and_its_mates_are_right(
     logits = some_logits(4)
     alone = sample(logits[1:2], [make(seed=1, **options)])
     logits[2, 77] = bad
-    found = Sampler(VOCAB).sample(logits.clone(), [make(seed=i, **options) for i in range(4)])
+    found = Sampler().sample(logits.clone(), [make(seed=i, **options) for i in range(4)])
     assert [one.is_finite for one in found] == [True, True, False, True]
     assert found[1].token == alone[0]
 
@@ -247,7 +247,7 @@ def test_logprobs_are_of_the_unchanged_logits(make: Make) -> None:
         make(temperature=0.0),
         make(seed=3, top_logprobs=0, temperature=0.3, top_p=0.5),
     ]
-    found = Sampler(49_152).sample(logits.clone(), choices)
+    found = Sampler().sample(logits.clone(), choices)
     expected = logits.double().log_softmax(1)
     assert found[0].token == 5
     assert found[0].logprob == pytest.approx(float(expected[0, 5]), abs=1e-5)
@@ -280,7 +280,7 @@ def test_a_grammar_binds_its_row_alone(shipped: Path) -> None:
             logits = some_logits(2, 49_152, seed=seed)
             logits[1, 2] = -50.0
             best = int(logits[1].argmax())
-            first, second = Sampler(49_152).sample(logits, [free, bound][::-1])
+            first, second = Sampler().sample(logits, [free, bound][::-1])
             assert second.token == best
             delta = bound.accept(first)
             text, reason = text + delta.text, delta.finish_reason

@@ -30,7 +30,7 @@ class Lane:
         self.running: dict[Sequence, None] = {}
         self.ready: dict[Sequence, None] = {}  # running, with work, not held; who stepped goes last
         self.deficit_s = 0.0
-        self._costs: dict[Sequence, float] = {}  # of those that count
+        self._counted: set[Sequence] = set()  # whose cost is in running_cost
         self.running_cost = 0.0
         self._waiting: dict[int, OrderedDict[Sequence, None]] = {}  # by priority, oldest first
 
@@ -90,13 +90,15 @@ class Lane:
             self.ready.pop(sequence, None)
 
     def _count(self, sequence: Sequence) -> None:
-        if sequence not in self._costs:
-            self._costs[sequence] = sequence.cost
+        if sequence not in self._counted:
+            self._counted.add(sequence)
             self.running_cost += sequence.cost
 
     def _count_no_more(self, sequence: Sequence) -> None:
-        cost = self._costs.pop(sequence, 0.0)
-        self.running_cost = self.running_cost - cost if self._costs else 0.0  # no rounding stays
+        if sequence in self._counted:
+            self._counted.remove(sequence)
+            left = self.running_cost - sequence.cost
+            self.running_cost = left if self._counted else 0.0  # no rounding stays
 
 
 class Turns:

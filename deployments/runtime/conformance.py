@@ -7,6 +7,7 @@ what it gets alone? Whether threads may share the model is the audit's question.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -77,14 +78,20 @@ def check_model(
     A check that fails doesn't stop the others.
     """
     adapter = Adapter(model_class, model_args)
-    try:
+    with load_errors(adapter.name):
         adapter.load(device)
+    return run_checks(adapter.name, CHECKS, _Subject(adapter, max_batch_size))
+
+
+@contextmanager
+def load_errors(name: str) -> Iterator[None]:
+    """What `load` raises, as ModelClassError."""
+    try:
+        yield
     except ModelClassError:
         raise
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ModelClassError(f"{adapter.name}.load raised {what}") from error
-    return run_checks(adapter.name, CHECKS, _Subject(adapter, max_batch_size))
+        raise ModelClassError(f"{name}.load raised {type(error).__name__}: {error}") from error
 
 
 S = TypeVar("S")

@@ -67,7 +67,7 @@ class ContinuousService:
         """Load and warm up; raises what the model raises. Ready when it returns. threads: torch's."""
         self._device = place.device
         engine, runner = await self._thread.call(lambda: self._load(place, threads))
-        engine.max_queue_s = self._limits.max_queue_s or float("inf")
+        engine.max_queue_s = _queue_bound_s(self._limits)
         self._card = self._front.card(self._app_name)
         self._loop = EngineLoop(
             engine,
@@ -117,7 +117,7 @@ class ContinuousService:
         """Put new limits in force for what comes next; what memory was made for can't change in place."""
         self._limits = limits
         engine = self.loop.engine
-        engine.max_queue_s = limits.max_queue_s or float("inf")
+        engine.max_queue_s = _queue_bound_s(limits)
         engine.scheduler.limits = replace(engine.scheduler.limits, max_waiting=limits.max_queue_items)
 
     def check_health(self) -> None:
@@ -334,3 +334,8 @@ class ContinuousService:
 
 async def _failed(error: ServingError) -> Outcome:
     return Outcome(error=error)
+
+
+def _queue_bound_s(limits: Limits) -> float:
+    """The longest predicted wait that is let in; without a bound there is none but the deadline."""
+    return limits.max_queue_s or float("inf")

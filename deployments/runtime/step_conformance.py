@@ -21,11 +21,11 @@ from deployments.runtime.conformance import (
     Report,
     check_eval_mode,
     deep_list,
+    load_errors,
     run_checks,
     shorten,
 )
 from deployments.runtime.difference import difference
-from deployments.runtime.model_class import ModelClassError
 from deployments.runtime.stepwise import StepModel
 
 MAX_STEPS = 10_000
@@ -42,13 +42,8 @@ def check_step_model(
     max_batch_size: sequences of a step.
     """
     model = StepModel(model_class, model_args)
-    try:
+    with load_errors(model.name):
         model.load(device, 4 * max_batch_size)
-    except ModelClassError:
-        raise
-    except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ModelClassError(f"{model.name}.load raised {what}") from error
     return run_checks(model.name, CHECKS, Subject(model, max_batch_size))
 
 

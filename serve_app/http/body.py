@@ -11,8 +11,6 @@ under that name too, so both are read.
 
 import asyncio
 import zlib
-from types import TracebackType
-from typing import Any
 
 from deployments.core.contract import Service
 from deployments.core.errors import (
@@ -24,6 +22,7 @@ from deployments.core.errors import (
     UnsupportedMedia,
 )
 from serve_app.http.exchange import Call
+from serve_app.http.interruption import TimeLimit
 
 STALL_TIMEOUT_S = 5.0
 """Longest pause between two chunks of a body. HAProxy guards bodies with a length itself; chunked
@@ -86,40 +85,6 @@ def is_size(text: bytes) -> bool:
     return text.isdigit() and len(text) <= _MAX_DIGITS
 
 
-class StallGuard:
-    """`with StallGuard():` raises BodyStalled inside when the block takes longer than the timeout.
-
-    asyncio.timeout is not there in Python 3.10, and wait_for makes a task of each chunk there.
-    """
-
-    __slots__ = ("_fired", "_task", "_timer")
-
-    def __enter__(self) -> None:
-        self._fired = False
-        task = asyncio.current_task()
-        assert task is not None
-        self._task: asyncio.Task[Any] = task
-        self._timer = asyncio.get_running_loop().call_later(STALL_TIMEOUT_S, self._fire)
-
-    def _fire(self) -> None:
-        self._fired = True
-        self._task.cancel()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._timer.cancel()
-        if not self._fired or kind is not asyncio.CancelledError:
-            return
-        # Somebody else's cancel that came at the same moment goes first (Python >= 3.11 counts them).
-        uncancel = getattr(self._task, "uncancel", None)
-        if uncancel is None or uncancel() == 0:
-            raise BodyStalled(f"the request's body stopped for {STALL_TIMEOUT_S:g} s") from None
-
-
 def _too_large(limit: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body is over {limit} bytes (max_body_bytes); send less at once")
 
@@ -159,7 +124,7 @@ async def _read_all(call: Call, limit: int) -> bytes:
     size = 0
     is_open = True
     while is_open:
-        with StallGuard():
+        with TimeLimit(STALL_TIMEOUT_S, BodyStalled, "the request's body stopped"):
             message = await call.receive()
         if message["type"] != "http.request":
             raise ClientLeft("the client left while it sent its body")

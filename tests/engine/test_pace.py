@@ -34,7 +34,7 @@ def test_chunks_and_talkers_together_stay_within_the_budget() -> None:
 
 
 @pytest.mark.parametrize("unit_s", [0.0003, 0.0006, 0.001])
-def test_a_chunk_grows_until_it_doubles_the_gap(unit_s: float) -> None:
+def test_a_chunk_grows_until_the_gap_is_as_long_as_allowed(unit_s: float) -> None:
     chunk = learned(Pace(1000), unit_s=unit_s)
     plain_s = 0.02 + unit_s * 8
     assert (plain_s + unit_s * chunk) / plain_s == pytest.approx(STALL, rel=0.05)

@@ -28,10 +28,7 @@ _MASK = (1 << 64) - 1
 
 
 class Sampler:
-    """vocab_size: V of the logits. Stateless; all state of a row is in its Choice."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab = vocab_size
+    """Stateless; all state of a row is in its Choice."""
 
     def sample(self, logits: torch.Tensor, choices: Sequence[Choice]) -> list[Sampled]:
         """One for each row of logits [N, V] float32, which are overwritten."""

@@ -15,7 +15,7 @@ REQUESTS, SHARED, OWN, OUTPUT = 16, 400, 32, 16
 
 
 def run(*, is_short: bool) -> Report:
-    rounds = 1 if is_short else 9
+    rounds = 1 if is_short else 5
     config = chat.application()
     found: list[dict[str, float]] = []
     with Server(config) as server:
