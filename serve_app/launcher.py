@@ -131,9 +131,9 @@ def _plan(
 _JSON = "-H 'Content-Type: application/json' -d"
 _TRY = {
     ":MiniLM": f"""/predict {_JSON} '{{"inputs": ["to the brim"]}}'""",
-    ":EfficientNetLite0": "/predict -H 'Content-Type: image/jpeg' --data-binary @photo.jpg",
+    ":EfficientNetLite0": "/predict -H 'Content-Type: image/jpeg' --data-binary @tests/data/cat.jpg",
     ":SmolLM2": f"""/predict {_JSON} '{{"inputs": ["What is the capital of France?"]}}'""",
-    ":SileroVad": "/predict -H 'Content-Type: audio/wav' --data-binary @speech.wav",
+    ":SileroVad": "/predict -H 'Content-Type: audio/wav' --data-binary @tests/data/speech.wav",
 }
 
 

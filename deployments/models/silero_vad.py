@@ -110,7 +110,7 @@ class SileroVad:
     one_item = True
     inputs = (("audio", "INT16", (-1,)),)
     outputs = (("speech", "FP32", (-1,)),)
-    media_types = ("audio/wav",)
+    media_types = ("audio/wav", "audio/x-wav")  # the second is what Python and browsers guess for .wav
     item_key = "audio_b64"
     item_schema: ClassVar = {
         "type": "object",
