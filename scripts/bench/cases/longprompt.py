@@ -1,7 +1,7 @@
 """A prompt of 1,500 tokens arrives among 8 running streams: how long are they silent?
 
-Their longest gap until its first token is out, against their median gap of the 5 s before. `ratio_without` is the
-longest gap of those 5 s: what the machine does by itself.
+Their longest gap until its first token is out, against their median gap of the 5 s before. `ratio_without` is
+the longest gap of those 5 s: what the machine does by itself.
 """
 
 from statistics import median
