@@ -275,7 +275,14 @@ class FakeTextService(FakeService):
         self.asked_for: list[GenerationRequest] = []
         self.choices: list[FakeChoice] = []
 
-    async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
+    async def generate(
+        self, requests: Sequence[GenerationRequest], options: RequestOptions
+    ) -> list[Generation]:
+        for request in requests:
+            self._check(request, options)
+        return [self._generation(request) for request in requests]
+
+    def _check(self, request: GenerationRequest, options: RequestOptions) -> None:
         self.asked_for.append(request)
         self.calls.append(([request], options))
         text = prompt_text(request)
@@ -287,6 +294,9 @@ class FakeTextService(FakeService):
             raise errors.ContextLengthExceeded("300 tokens are over the context of 256", param="messages")
         if text == "unfit":
             raise errors.InvalidItem("token 7 is not in the vocabulary", param="prompt")
+
+    def _generation(self, request: GenerationRequest) -> Generation:
+        text = prompt_text(request)
         script = SCRIPTS.get(text, lambda: said(text, request))
         choices = [FakeChoice(script()) for _ in range(request.n)]
         self.choices += choices

@@ -97,7 +97,8 @@ class FakeStream:
         self._wake()
 
     def close(self) -> None:
-        self.is_closed = True
+        self.is_closed = self._is_done = True
+        self._wake()  # as the engine's: who reads it is not left waiting
         self._service.open.discard(self)
         self._service.closed.set()
 

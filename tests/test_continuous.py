@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from deployments.core.contract import Answer, Limits, OutputStream, RequestOptions
 from deployments.core.errors import (
+    ContextLengthExceeded,
     DeadlinePassed,
     Draining,
     InternalError,
@@ -448,7 +449,7 @@ GREEDY = Sampling(temperature=0.0)
 async def _generate(service: ContinuousService, prompt: list[int], count: int) -> tuple[list[int], Any]:
     """(its tokens, its deltas)."""
     request = GenerationRequest(prompt=prompt, max_tokens=count, sampling=GREEDY, ignore_eos=True)
-    generation = await service.generate(request, RequestOptions())
+    (generation,) = await service.generate([request], RequestOptions())
     assert generation.prompt_tokens == len(prompt)
     stream = generation.choices[0]
     assert isinstance(stream, Stream)
@@ -479,13 +480,18 @@ async def test_a_prompt_that_never_fits_is_the_items_own_fault(tiny: tuple[Path,
 async def test_all_choices_are_let_in_or_none(tiny: tuple[Path, Any]) -> None:
     async with serving(SmolLM2, replace(LIMITS, max_streams=3), path=str(tiny[0])) as service:
         request = GenerationRequest(prompt="abc", n=2, max_tokens=400, ignore_eos=True)
-        generation = await service.generate(request, RequestOptions())
+        (generation,) = await service.generate([request], RequestOptions())
         with pytest.raises(Overloaded):
-            await service.generate(request, RequestOptions())
+            await service.generate([request], RequestOptions())
         assert len(service.loop.streams) == 2
         generation.close()
         assert service.loop.engine.running == 0
         assert service.stats()["engine"]["blocks_used"] == 0
+        with pytest.raises(ContextLengthExceeded):
+            await service.generate(
+                [replace(request, n=1), replace(request, prompt="x" * 5000)], RequestOptions()
+            )
+        assert not service.loop.streams
 
 
 async def test_memory_for_less_than_two_blocks_stops_the_start(tiny: tuple[Path, Any]) -> None:

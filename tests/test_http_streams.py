@@ -18,6 +18,7 @@ from websockets.frames import Close
 
 from deployments.core import errors
 from deployments.core.contract import Limits, Streams
+from serve_app.http import body
 from serve_app.http import streams as streams_module
 from serve_app.http.app import make_app
 from serve_app.http.body import IN_HAND
@@ -521,6 +522,17 @@ async def test_more_than_the_request_over_a_websocket_is_refused() -> None:
         assert (told["error"]["type"], close.code) == ("malformed_request", 1008)
 
 
+async def test_sockets_that_have_not_asked_yet_are_bounded_as_streams_are() -> None:
+    limits = replace(LIMITS, max_streams=2)
+    async with serving(Streams.REQUEST, limits) as server, server.ws() as first, server.ws():
+        await asyncio.sleep(0.05)
+        async with server.ws() as third:
+            (told,), close = await closed(third)
+            assert (told["error"]["type"], close.code) == ("overloaded", 1013)
+        await first.send('{"count": 1}')
+        assert json.loads(await first.recv()) == {"step": 0}
+
+
 async def test_a_websocket_without_a_request_is_idle() -> None:
     limits = replace(LIMITS, idle_timeout_s=0.1)
     async with serving(Streams.REQUEST, limits) as server, server.ws() as socket:
@@ -638,6 +650,19 @@ async def test_a_long_message_is_fed_in_pieces_and_counted_in_hand() -> None:
         for i in range(10_000):
             assert json.loads(await socket.recv()) == {"chunk": i}
         assert IN_HAND.bytes == 0
+
+
+async def test_a_long_message_without_room_for_it_ends_the_stream_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body, "MAX_IN_HAND_BYTES", 100_000)
+    async with serving() as server, server.ws() as socket:
+        await socket.send(chunk())
+        assert json.loads(await socket.recv()) == {"chunk": 0}
+        await socket.send(bytes(200_000))
+        (told,), close = await closed(socket)
+        assert (told["error"]["type"], close.code) == ("overloaded", 1013)
+        await server.counted((503, "/ws"))
 
 
 async def test_a_websocket_that_vanishes_closes_its_stream() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deployments.core.errors import ContextLengthExceeded, InvalidItem
 from deployments.core.generation import Delta, FinishReason, GenerationRequest, Grammar, Sampling
@@ -90,6 +90,19 @@ def test_templates_render_as_in_transformers(
             chat, chat_template=source, add_generation_prompt=True, tokenize=False
         )
         assert ours.render(chat) == expected
+
+
+def test_a_special_token_of_one_character_is_text_in_a_message_too(tmp_path: Path) -> None:
+    words = {"<unk>": 0, "hi": 1, "|": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["\u2581", "ab"])
+    (tmp_path / "chat_template.jinja").write_text("\u2581{{ messages[0].content }}\u2581")
+    template = ChatTemplate(tmp_path, tokenizer)
+    special = tokenizer.token_to_id("\u2581")
+    ids = template.encode([{"role": "user", "content": "hi \u2581 hi ab\u2581\u2581"}])
+    assert (ids[0], ids[-1], ids.count(special)) == (special, special, 2)
+    assert tokenizer.token_to_id("ab") not in ids
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ async def generate(
 ) -> tuple[list[int], int, list[float]]:
     """(all tokens, of which prompt, logprobs of the generated)."""
     await asyncio.sleep(after_s)
-    generation = await service.generate(asked, RequestOptions(timeout_ms=600_000))
+    (generation,) = await service.generate([asked], RequestOptions(timeout_ms=600_000))
     stream = generation.choices[0]
     logprobs: list[float] = []
     while deltas := await stream.read():
@@ -109,7 +109,7 @@ async def test_a_seeded_request_gives_the_same_text_alone_and_in_a_crowd() -> No
         return GenerationRequest(messages=messages, max_tokens=12, sampling=Sampling(seed=11), n=2)
 
     async def texts(service: ContinuousService) -> list[str]:
-        generation = await service.generate(seeded(), RequestOptions())
+        (generation,) = await service.generate([seeded()], RequestOptions())
         found = []
         for choice in generation.choices:
             text = ""
@@ -131,7 +131,7 @@ async def test_a_seeded_request_gives_the_same_text_alone_and_in_a_crowd() -> No
 
 async def test_a_reader_that_leaves_frees_everything_before_the_next_step() -> None:
     async with serving(max_sequences=4) as service:
-        generation = await service.generate(request(1, 64), RequestOptions())
+        (generation,) = await service.generate([request(1, 64)], RequestOptions())
         await generation.choices[0].read()
         assert service.stats()["engine"]["blocks_used"] > 0
         generation.close()

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from deployments.models import smollm2
 from deployments.models.llm import grammar
 from deployments.models.llm.choice import Choice, Ending, Sampled, Vocabulary
 from deployments.models.llm.grammar import GrammarCompiler
-from deployments.models.llm.text import Detokenizer, StopStrings, TokenBytes
+from deployments.models.llm.text import LONG, Detokenizer, StopStrings, TokenBytes, encode
 
 EOS = 2
 HARD = "naïve 食べ物 🤦🏽‍♂️ é\u0301 \ufffd 12345\n\n"
@@ -180,6 +182,34 @@ def test_bytes_of_all_tokens_are_those_of_the_decoder(tokenizer: Tokenizer) -> N
     assert pieces.of(60_000) == b""
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_long_texts_are_encoded_as_short_ones(tokenizer: Tokenizer, special: bool) -> None:
+    text = "So long<|im_end|> naïve " * (LONG // 10)
+    assert encode(tokenizer, text, add_special_tokens=special) == list(
+        tokenizer.encode(text, add_special_tokens=special).ids
+    )
+
+
+def test_a_long_text_keeps_no_other_thread_waiting(tokenizer: Tokenizer) -> None:
+    gaps_s, is_done = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not is_done.wait(0.001):
+            now = time.perf_counter()
+            gaps_s.append(now - last)
+            last = now
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    began = time.perf_counter()
+    encode(tokenizer, "some words here " * 60_000, add_special_tokens=False)
+    took_s = time.perf_counter() - began
+    is_done.set()
+    ticker.join()
+    assert max(gaps_s) < 0.5 * took_s
+
+
 def test_sentence_piece_tokens_work_too() -> None:
     vocabulary = {"<unk>": 0, "▁Hi": 1, "▁you": 2, "<0xE9>": 3, "<0xA3>": 4, "<0x9F>": 5}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
@@ -189,6 +219,18 @@ def test_sentence_piece_tokens_work_too() -> None:
     detokenizer = Detokenizer(tokenizer)
     assert "".join(detokenizer.push(token) for token in [1, 2, 3, 4, 5]) + detokenizer.flush() == "Hi you食"
     assert [TokenBytes(tokenizer).of(token) for token in (1, 3)] == [b" Hi", b"\xe9"]
+
+
+@pytest.mark.parametrize("tail", [[], [3], [3, 4], [3, 4, 5], [2, 3, 6]])
+def test_bytes_that_are_no_character_after_all_do_not_end_the_text(tail: list[int]) -> None:
+    vocabulary = {"<unk>": 0, "▁Hi": 1, "▁you": 2, "<0xE9>": 3, "<0xA3>": 4, "<0x9F>": 5, "<0x0A>": 6}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in [1, 6, 3, 2, 2, *tail]]
+    assert "".join(pieces) + detokenizer.flush() == "Hi\n\ufffd you you" + tokenizer.decode([1, *tail])[2:]
 
 
 PERSON = {
@@ -207,6 +249,17 @@ def test_a_complete_text_ends_the_choice(tokenizer: Tokenizer, compiler: Grammar
     deltas = feed(choice, [*tokenizer.encode(text).ids, 99])
     assert (joined(deltas), deltas[-1].finish_reason) == (text, FinishReason.STOP)
     assert choice.matcher is None
+
+
+def test_a_schema_is_compiled_once_and_followed_by_each_text_on_its_own(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    schema = json.dumps({**PERSON, "title": "sent again and again"})
+    first, second = compiler.compile(schema), compiler.compile(schema)
+    assert compiler._compiled.cache_info().hits >= 1
+    tokens = tokenizer.encode('{"name": "A"').ids
+    assert not any(first.accept(token) for token in tokens)
+    assert not second.accept(tokens[0])  # still at its beginning
 
 
 def test_a_token_against_the_grammar_is_an_error_not_a_hang(

@@ -224,8 +224,10 @@ class Generation:
 class TextService(StreamingService, Protocol):
     """A language model's replica."""
 
-    async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
-        """Queue all choices of a request, or none.
+    async def generate(
+        self, requests: Sequence[GenerationRequest], options: RequestOptions
+    ) -> list[Generation]:
+        """Queue all choices of all prompts of one HTTP request, or none. In time is who has begun one.
 
         Raises InvalidItem (param: the field of the request), ContextLengthExceeded, Refusal.
         """

@@ -92,7 +92,7 @@ class Engine:
         """Raise Draining or Overloaded where `sequences` more would not be let in now."""
         if self.is_draining:
             raise Draining("this server is stopping; send the request to another", retry_after_s=1)
-        wait_s = self.predicted_wait_s(sequences)
+        wait_s = self.predicted_wait_s()  # of the first: with it their request has begun
         allowed_s = max(0.0, min(timeout_s, self.max_queue_s))  # a deadline that has passed: see _expire
         if self._ahead(sequences) > self.limits.max_waiting:
             reason = f"{self.waiting} sequences wait already (max_queue_items {self.limits.max_waiting})"
@@ -121,6 +121,7 @@ class Engine:
         if not self.waiting:  # all of the queue left, or began: nothing to learn from its time
             self._queue_since = None
         for sequence in sequences:
+            sequence.siblings = sequences
             sequence.serial = next(self._serials)
             sequence.prompt = sequence.known
             self.scheduler.enter(sequence)
@@ -306,4 +307,5 @@ class Engine:
 
 
 def _may_expire(sequence: Sequence) -> bool:
-    return sequence.state is State.WAITING and sequence.began is None
+    """A request is in time once one of its sequences has begun: what it waits for then is itself."""
+    return sequence.state is State.WAITING and all(one.began is None for one in sequence.siblings)

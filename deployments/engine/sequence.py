@@ -54,6 +54,7 @@ class Sequence:
     cached: int = 0  # units of the prompt that came from the prefix cache when it first began
     began: float | None = None
     serial: int = 0
+    siblings: Values["Sequence"] = ()  # submitted together, itself among them
     is_held: bool = False
     preemptions: int = 0
     error: ServingError | None = None

@@ -196,8 +196,8 @@ def _check_config(config: dict[str, Any], max_tokens: int) -> None:
 def _load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     """The tokenizer, cutting at max_tokens, never padding (its file may say otherwise).
 
-    `encode` shares it between threads, releases the GIL, and starts no threads of its own (only
-    `encode_batch` would, by TOKENIZERS_PARALLELISM).
+    `encode` may be called from many threads at once. It holds the GIL meanwhile, which texts cut to the
+    model's length keep short, and starts no threads of its own, as `encode_batch` would.
     """
     file = folder / "tokenizer.json"
     if not file.exists():

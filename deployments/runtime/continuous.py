@@ -195,14 +195,21 @@ class ContinuousService:
         request = None if self._front.chunks is not None else self._front.read_item(item)
         return self._open(self._front.prepare(request), options)[0]
 
-    async def generate(self, request: GenerationRequest, options: RequestOptions) -> Generation:
+    async def generate(
+        self, requests: Sequence[GenerationRequest], options: RequestOptions
+    ) -> list[Generation]:
         """See core.contract.TextService."""
         arrived = self._clock()
-        self._check_room(request.n, options)
-        is_short = options.body_bytes <= INLINE_BODY_BYTES
-        sequences = await self._call(lambda: self._front.prepare(request), is_short)
-        prompt_tokens = sequences[0].known
-        return Generation(self._open(sequences, options, arrived), prompt_tokens)
+        self._check_room(sum(request.n for request in requests), options)
+        has_grammar = any(request.grammar is not None for request in requests)  # up to 1 s to compile
+        is_short = options.body_bytes <= INLINE_BODY_BYTES and not has_grammar
+        prepared = await self._call(lambda: [self._front.prepare(one) for one in requests], is_short)
+        prompts = [sequences[0].known for sequences in prepared]
+        streams = iter(self._open([one for sequences in prepared for one in sequences], options, arrived))
+        return [
+            Generation([next(streams) for _ in sequences], prompt_tokens)
+            for sequences, prompt_tokens in zip(prepared, prompts, strict=True)
+        ]
 
     def _open(
         self, sequences: Sequence[EngineSequence], options: RequestOptions, arrived: float | None = None

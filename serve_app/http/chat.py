@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any
 
-from deployments.core.contract import Generation, OutputStream, TextService
+from deployments.core.contract import OutputStream, TextService
 from deployments.core.errors import ModelBroken
 from deployments.core.generation import Delta, GenerationRequest
 from serve_app.http.body import read_body
@@ -79,11 +79,9 @@ class Chat:
     ) -> Reply:
         options = request_options(call, timeout_ms=None, priority=0, body_bytes=body_bytes)
         with WhileConnected(call.receive), ExitStack() as held:
-            generations: list[Generation] = []
-            for one in asked:
-                generation = await self._service.generate(one, options)
+            generations = await self._service.generate(asked, options)
+            for generation in generations:
                 held.callback(generation.close)
-                generations.append(generation)
             choices = [choice for generation in generations for choice in generation.choices]
             about: dict[str, Any] = {
                 "request_id": call.request_id,

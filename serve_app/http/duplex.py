@@ -136,33 +136,28 @@ class Duplex:
         (reader if reader in done else writer).result()
 
     async def _read(self, is_open: bool) -> None:
-        """Feed what comes; never returns, so that the client's leaving is seen to the end."""
+        """Feed what comes; never returns, so that the client's leaving is seen to the end, and raised
+        before anything else ends the stream."""
         watch, wire = self._watch, self._wire
         is_taken = True
-        try:
-            while True:
-                watch.input_since = watch.now() if is_open else math.inf
-                data, is_last = await wire.receive()
-                watch.input_since = math.inf
-                if data and not is_open:
-                    raise MalformedRequest("there is data behind the end of the input; open another stream")
-                is_taken = is_taken and await self._feed(data)
-                if is_last and is_open:
-                    is_open = False
-                    self._stream.end_input()
-        except ClientLeft:
-            self._stream.close()  # at once: the step after this one is planned without it
-            raise
+        while True:
+            watch.input_since = watch.now() if is_open else math.inf
+            data, is_last = await wire.receive()
+            watch.input_since = math.inf
+            if data and not is_open:
+                raise MalformedRequest("there is data behind the end of the input; open another stream")
+            is_taken = is_taken and await self._feed(data)
+            if is_last and is_open:
+                is_open = False
+                self._stream.end_input()
 
     async def _feed(self, data: bytes) -> bool:
-        """False: the stream has ended with an error; the writer meets it behind the last output."""
+        """False: the stream has ended with an error; the writer meets it behind the last output. Raises
+        Overloaded where the bodies in hand leave no room."""
         is_big = len(data) > FEED_BYTES
-        try:
-            if not is_big:
-                if data:
-                    await self._stream.feed(data)
-                return True
+        if is_big:
             IN_HAND.take(len(data), self._call)
+        try:
             for start in range(0, len(data), FEED_BYTES):
                 await self._stream.feed(data[start : start + FEED_BYTES])
         except ServingError:

@@ -23,6 +23,7 @@ from deployments.core.errors import (
     ClientLeft,
     InternalError,
     MalformedRequest,
+    Overloaded,
     Refusal,
     RequestTooLarge,
     ServingError,
@@ -61,6 +62,7 @@ class WebSocketStream:
     def __init__(self, service: StreamingService, *, adds_request_id: bool = False) -> None:
         self._service = service
         self._adds_request_id = adds_request_id
+        self._without_request = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -100,9 +102,20 @@ class WebSocketStream:
             stream = open_stream(self._service, call, None)
             await Duplex(stream, wire, call, self._service.limits).run(has_input=True)
             return
-        request = await wire.receive_request()
+        request = await self._first_request(wire)
         stream = open_stream(self._service, call, read_request(request), len(request))
         await Duplex(stream, wire, call, self._service.limits).run(has_input=False)
+
+    async def _first_request(self, wire: "_WebSocketWire") -> bytes:
+        """Sockets that have not asked yet are no streams of the engine's, and bounded as those are."""
+        most = self._service.limits.max_streams
+        if self._without_request >= most:
+            raise Overloaded(f"{most} sockets have not sent their request yet (max_streams)", retry_after_s=1)
+        self._without_request += 1
+        try:
+            return await wire.receive_request()
+        finally:
+            self._without_request -= 1
 
 
 async def refuse_plain_http(call: Call) -> Reply:

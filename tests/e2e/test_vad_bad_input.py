@@ -289,9 +289,10 @@ def test_a_message_of_a_hundred_megabytes_is_not_read(server: Server) -> None:
 def test_streams_that_send_nothing_are_closed_and_told_so(server: Server) -> None:
     """idle_timeout_s is 5 here."""
 
-    def silent_socket() -> tuple[str, int | None]:
+    def silent_socket(data: bytes) -> tuple[str, int | None]:
         with ws(server) as connection:
-            connection.send(bytes(100))
+            if data:
+                connection.send(data)
             error = ended(connection)["error"]
         return error["type"], connection.close_code
 
@@ -302,9 +303,10 @@ def test_streams_that_send_nothing_are_closed_and_told_so(server: Server) -> Non
         assert len(results) == 2
         return str(last["error"]["type"])
 
-    with ThreadPoolExecutor(2) as pool:
-        over_socket, over_post = pool.submit(silent_socket), pool.submit(silent_post)
-        assert over_socket.result() == ("stream_timeout", 1013)
+    with ThreadPoolExecutor(3) as pool:
+        over_sockets = [pool.submit(silent_socket, data) for data in (bytes(100), b"")]
+        over_post = pool.submit(silent_post)
+        assert [one.result() for one in over_sockets] == [("stream_timeout", 1013)] * 2
         assert over_post.result() == "stream_timeout"
 
 

@@ -364,6 +364,27 @@ def test_who_has_not_begun_by_its_deadline_ends_with_an_error() -> None:
     assert drive.engine.waiting == 0
 
 
+def test_a_request_is_in_time_once_one_of_its_sequences_has_begun() -> None:
+    limits = EngineLimits(step_cost=1, lane_cost=1, slots=1, step_units=1, burst=1)
+    drive = Drive(limits, step_s=lambda _: 1.0)
+    group = [walk(4, deadline=2.5) for _ in range(3)]
+    late = [walk(4, deadline=2.5) for _ in range(2)]
+    drive.submit(*group)
+    drive.submit(*late)
+    drive.until_idle()
+    assert [one.error for one in group] == [None] * 3
+    assert all(isinstance(one.error, DeadlinePassed) for one in late)
+
+
+def test_the_door_asks_when_a_request_would_begin_not_when_its_last_sequence_would() -> None:
+    drive = Drive(STEPWISE, step_s=lambda _: 1.0)
+    for _ in range(12):
+        drive.submit(walk(10))
+    drive.until_idle()  # it has learned: four begin every 10 s
+    drive.submit(*(walk(10, deadline=drive.now + 5.0) for _ in range(20)))
+    assert drive.engine.waiting == 20
+
+
 def test_a_deadline_that_passed_on_the_way_here_is_a_deadline_not_an_overload() -> None:
     drive = Drive(STEPWISE, step_s=lambda _: 1.0)
     drive.now = 5.0

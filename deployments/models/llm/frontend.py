@@ -18,6 +18,7 @@ from deployments.models.hub import read_json
 from deployments.models.llm.choice import Choice, Ending, Vocabulary
 from deployments.models.llm.grammar import GrammarCompiler
 from deployments.models.llm.template import ROLES, ChatTemplate
+from deployments.models.llm.text import encode
 
 
 class FrontEnd:
@@ -66,7 +67,7 @@ class FrontEnd:
             return self._encode_messages(request.messages)
         if isinstance(request.prompt, str):
             self._check_text(request.prompt, "prompt")
-            ids = list(self._tokenizer.encode(request.prompt).ids)
+            ids = encode(self._tokenizer, request.prompt, add_special_tokens=True)
         else:
             ids = list(request.prompt or ())
         wrong = next((token for token in ids if not 0 <= token < self.vocab_size), None)

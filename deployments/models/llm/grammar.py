@@ -6,6 +6,7 @@ requests. Source: llguidance (guidance-ai), docs/json_schema.md.
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_SCHEMA_BYTES = 64 * 1024
+KEPT_SCHEMAS = 16
+"""Clients send the same schema with every request."""
 MAX_DEPTH = 64
 """Nesting of a schema: llguidance compiles by recursion, and a stack that overflows ends the process."""
 
@@ -66,9 +69,14 @@ class GrammarCompiler:
         )
         self._words = (vocab_size + 31) // 32
         self._limits = LLParserLimits(verbose_errors=False)
+        self._compiled = lru_cache(KEPT_SCHEMAS)(self._compile)
 
     def compile(self, schema: str) -> Matcher:
-        """Raises InvalidItem: not JSON, too big, not understood, or nothing satisfies it. 1 ms to 1 s."""
+        """Raises InvalidItem: not JSON, too big, not understood, or nothing satisfies it. 1 ms to 1 s at
+        its first time."""
+        return self._compiled(schema).copy()
+
+    def _compile(self, schema: str) -> Matcher:
         _check(schema)
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_FORM)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from deployments.core.errors import InvalidItem
 from deployments.models.hub import read_json
+from deployments.models.llm.text import encode
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """Role of a message -> what the template is told (OpenAI's newer name for "system" is "developer")."""
@@ -54,7 +55,7 @@ class ChatTemplate:
         """
         chat = [{"role": ROLES[message["role"]], "content": message["content"]} for message in messages]
         if not any(self._special.search(message["content"]) for message in chat):
-            return list(self._tokenizer.encode(self.render(chat), add_special_tokens=False).ids)
+            return encode(self._tokenizer, self.render(chat), add_special_tokens=False)
         mark = _unused_character([message["content"] for message in chat])
         broken = [{**message, "content": self._break(message["content"], mark)} for message in chat]
         return self._encode_marked(self.render(broken), mark)
@@ -73,17 +74,22 @@ class ChatTemplate:
 
     def _break(self, text: str, mark: str) -> str:
         """`mark` behind the first character of each special token, so that it is none any more."""
-        while self._special.search(text):  # again for those that overlapped
-            text = self._special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+        special = self._unmarked(mark)
+        while special.search(text):  # again for those that overlapped
+            text = special.sub(lambda found: found[0][0] + mark + found[0][1:], text)
         return text
+
+    def _unmarked(self, mark: str) -> re.Pattern[str]:
+        """A special token without `mark` behind it: one of a single character can't be broken otherwise."""
+        return re.compile(f"(?:{self._special.pattern})(?!{mark})")
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """The special tokens left in `text` are the template's; the rest is text once the marks are out."""
         ids: list[int] = []
         end = 0
-        for found in [*self._special.finditer(text), None]:
+        for found in [*self._unmarked(mark).finditer(text), None]:
             part = text[end : found.start() if found else len(text)].replace(mark, "")
-            ids += self._plain.encode(part, add_special_tokens=False).ids
+            ids += encode(self._plain, part, add_special_tokens=False)
             if found:
                 ids.append(self._ids[found[0]])
                 end = found.end()

@@ -1,13 +1,26 @@
-"""From tokens to the text a client may see: whole characters, never past a stop string.
+"""Text to tokens, and tokens to the text a client may see: whole characters, never past a stop string.
 
-Owns: detokenising, what is held back and for how long, the bytes of a token. Must not know: sampling, the
-engine. Source: tokenizers' DecodeStream, since decoding token by token breaks characters of several bytes.
+Owns: encoding, detokenising, what is held back and for how long, the bytes of a token. Must not know:
+sampling, the engine. Source: tokenizers' DecodeStream, since decoding token by token breaks characters of
+several bytes.
 """
 
 from functools import lru_cache
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+LONG = 16 * 1024
+"""Characters from which on `encode` would keep all other threads waiting: it holds the interpreter's lock,
+0.4 s for 475,000 characters, and `encode_batch` does not."""
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of the text. Others run meanwhile, however long it is."""
+    if len(text) <= LONG:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    return list(encoding.ids)
 
 
 class Detokenizer:
@@ -22,9 +35,19 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Characters that are whole with `token`; special tokens have no text. 1.2 us."""
         self._tokens.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
+        try:
+            text = self._stream.step(self._tokenizer, token) or ""
+        except Exception:  # its only type; see _anew
+            text = self._anew()
         self._given += len(text)
         return text
+
+    def _anew(self) -> str:
+        """Byte tokens that are no UTF-8 after all: the text no longer begins with what was given, and
+        DecodeStream gives up ("Invalid prefix"). Go on behind as many characters as were given."""
+        self._stream = DecodeStream(ids=self._tokens, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)[self._given :]
+        return text.rstrip("\ufffd")  # maybe the beginning of a character
 
     def flush(self) -> str:
         """What was held for a next token that won't come; half a character becomes U+FFFD."""
