@@ -23,11 +23,12 @@ AppFactory = Callable[[Service], Any]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which model, made how. safety: shared, pool, exclusive, processes or auto."""
+    """Which model, made how. safety: shared, pool, exclusive, processes or auto. threads: torch's."""
 
     model: str
     model_args: Mapping[str, Any]
     safety: str = "auto"
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

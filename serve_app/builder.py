@@ -35,7 +35,7 @@ def dynamic(args: DynamicArgs) -> Application:
     """Dynamic batching of one model; see docs/reference/config.md for `args`."""
     check_class(load_class(args.model), args.model_args)  # here, not in the replica: seconds earlier
     limits = args.limits()
-    spec = ModelSpec(args.model, args.model_args, args.safety)
+    spec = ModelSpec(args.model, args.model_args, args.safety, args.threads)
     deployment = serve.deployment(
         DynamicBatching,
         name=DEPLOYMENT,
@@ -57,7 +57,7 @@ def continuous(args: ContinuousArgs) -> Application:
         max_ongoing_requests=let_in_streams(limits),
         health_check_period_s=5,
     )
-    spec = ModelSpec(args.model, args.model_args)
+    spec = ModelSpec(args.model, args.model_args, threads=args.threads)
     return deployment.bind(spec, limits, make_app, change_stream_limits)
 
 

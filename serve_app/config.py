@@ -41,6 +41,7 @@ WaitMs = Annotated[float, Field(strict=True, ge=0, le=60_000, allow_inf_nan=Fals
 TimeoutMs = Annotated[float, Field(strict=True, gt=0, le=86_400_000, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 Sequences = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Streams = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 
@@ -93,6 +94,7 @@ class ModelArgs(_Checked):
 
     model: str
     model_args: dict[str, Any] = Field(default_factory=dict)
+    threads: Threads | None = None
     max_queue_items: Count = _DEFAULTS.max_queue_items
     max_queue_s: QueueS = "auto"
     max_items_per_request: Count = _DEFAULTS.max_items_per_request

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deployments.core.contract import Limits
 from serve_app import config_file, environment
-from serve_app.config import HEADROOM, DynamicArgs, ModelUserConfig, let_in
+from serve_app.config import HEADROOM, ContinuousArgs, DynamicArgs, ModelUserConfig, let_in
 from serve_app.config_file import ConfigError, check_file
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +166,13 @@ def test_a_plain_ray_start_names_the_key_too() -> None:
 
 def test_limits_are_those_of_the_core_by_default() -> None:
     assert DynamicArgs(model="a:B").limits() == Limits()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, 5000])
+def test_threads_are_a_whole_number_from_1(threads: Any) -> None:
+    assert DynamicArgs(model="m:C", threads=3).threads == 3
+    with pytest.raises(ValidationError, match="threads"):
+        ContinuousArgs(model="m:C", threads=threads)
 
 
 def test_a_small_queue_takes_shorter_lists_unasked() -> None:

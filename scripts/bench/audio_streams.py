@@ -80,7 +80,7 @@ class Followed:
 
 
 def application() -> dict[str, Any]:
-    return continuous("vad", MODEL, max_sequences=SLOTS)
+    return continuous("vad", MODEL, max_sequences=SLOTS, threads=1)  # as in config.yaml
 
 
 def follow(plan: Follow) -> Followed:
