@@ -6,8 +6,8 @@ et al., OSDI 2024) bounds it by a fixed token count, which fits one model on one
 """
 
 STALL = 1.6
-"""A step with a chunk aims at so many times the step without: 3/8 of the time goes to newcomers. The promise to
-those that talk is a gap of three times; the rest is noise, where others take turns on the cores."""
+"""A step with a chunk aims at so many times the step without: 3/8 of the time goes to newcomers. The promise
+to those that talk is a gap of three times; the rest is noise, where others take turns on the cores."""
 FIRST_CHUNK = 32
 """Before anything is learned: from about 24 rows on a CPU is bound by arithmetic, no longer by weights."""
 SMALLEST_CHUNK = 16
