@@ -351,6 +351,12 @@ def test_the_useful_batch_is_the_smallest_near_the_best_rate(curve: Mapping[int,
     assert useful_batch(curve) == useful
 
 
+def test_streams_that_have_all_begun_share_the_largest_step_that_keeps_the_rate() -> None:
+    curve = {1: 1.0, 16: 2.0, 64: 8.0, 256: 33.0, 512: 90.0}
+    assert useful_batch(curve) == 16
+    assert useful_batch(curve, is_begun=True) == 256
+
+
 async def test_warm_up_bounds_the_step_by_what_is_useful_and_leaves_no_trace() -> None:
     async with serving(Counter, replace(LIMITS, max_sequences=8)) as service:
         stats = service.stats()

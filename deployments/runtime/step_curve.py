@@ -2,7 +2,8 @@
 
 Owns: the curve and the largest useful batch read off it. Must not know: HTTP, Ray, what a step computes.
 A larger batch that takes as much longer as it is larger only makes everybody wait: a sequence is better
-begun later and stepped faster (the finding of vllm-omni's PR 3860, for diffusion).
+begun later and stepped faster (the finding of vllm-omni's PR 3860, for diffusion). Streams of chunks have all
+begun: nobody waits for a place, and only a rate that falls is a reason for smaller steps.
 """
 
 import asyncio
@@ -38,10 +39,12 @@ class _Clocked:
         pass
 
 
-def useful_batch(curve: Mapping[int, float]) -> int:
-    """Of {sequences: seconds of a step} the smallest size within USEFUL of the best rate."""
-    best = max(size / max(seconds, 1e-9) for size, seconds in curve.items())
-    return min(size for size, seconds in curve.items() if size / max(seconds, 1e-9) >= USEFUL * best)
+def useful_batch(curve: Mapping[int, float], *, is_begun: bool = False) -> int:
+    """Of {sequences: seconds of a step} the smallest size within USEFUL of the best rate; the largest where
+    the sequences have all begun."""
+    rates = {size: size / max(seconds, 1e-9) for size, seconds in curve.items()}
+    good = [size for size, rate in rates.items() if rate >= USEFUL * max(rates.values())]
+    return max(good) if is_begun else min(good)
 
 
 async def warm_up(loop: EngineLoop, front: Front, *, app_name: str) -> None:
@@ -66,7 +69,7 @@ async def warm_up(loop: EngineLoop, front: Front, *, app_name: str) -> None:
     curve = {size: min(seconds) for size, seconds in clocked.step_s.items() if size in sizes}
     logger.info("event=step_curve app=%s ms=%s", app_name, {n: round(1e3 * s, 2) for n, s in curve.items()})
     if loop.engine.scheduler.pool is None and curve:
-        _bound_step(loop, cost * useful_batch(curve))
+        _bound_step(loop, cost * useful_batch(curve, is_begun=front.chunks is not None))
 
 
 def _bound_step(loop: EngineLoop, cost: float) -> None:
