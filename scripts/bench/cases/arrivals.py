@@ -14,7 +14,7 @@ SHARE = 0.6
 
 
 def run(*, is_short: bool) -> Report:
-    rounds, duration_s, warm_up_s, longest = (1, 12.0, 2.0, 64) if is_short else (2, 40.0, 8.0, 256)
+    rounds, duration_s, warm_up_s, longest = (1, 12.0, 2.0, 64) if is_short else (3, 120.0, 15.0, 256)
     config = chat.application()
     with Server(config) as server:
         per_s = _capacity(server.port, longest, count=24 if is_short else 32)
