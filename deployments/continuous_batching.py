@@ -54,7 +54,7 @@ class ContinuousBatching:
             sink=RayEngineMetrics(),
         )
         place = Place(choose_device(granted_gpus()), granted_gpu_share())
-        await self._service.start(place, spec.threads or granted_threads())
+        await self._service.start(place, granted_threads(spec.threads))
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -68,7 +68,7 @@ class DynamicBatching:
             hop=self._hop,
             sink=RayMetrics(),
         )
-        await self._service.start(choose_device(granted_gpus()), spec.threads or granted_threads())
+        await self._service.start(choose_device(granted_gpus()), granted_threads(spec.threads))
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:

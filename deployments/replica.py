@@ -72,7 +72,9 @@ def granted_gpu_share() -> float:
     return asked if 0.0 < asked < 1.0 else 1.0
 
 
-def granted_threads() -> int | None:
-    """Torch's threads: `num_cpus` where that is whole CPUs; a fraction shares them all (None)."""
+def granted_threads(asked: int | None) -> int | None:
+    """Torch's threads: as asked, else `num_cpus` where that is whole CPUs; a fraction shares all (None)."""
+    if asked is not None:
+        return asked
     num_cpus = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
     return int(num_cpus) if num_cpus >= 1.0 else None

@@ -174,7 +174,11 @@ def test_segments_of_any_probabilities_equal_the_packages_own() -> None:
 
 def test_the_card_says_what_it_takes(vad: StepModel) -> None:
     card = vad.card("vad")
-    assert (card.streams, card.one_item, card.media_types[0]) == (Streams.CHUNKS, True, "audio/wav")
+    assert (card.streams, card.one_item, card.media_types) == (
+        Streams.CHUNKS,
+        True,
+        ("audio/wav", "audio/x-wav"),
+    )
     assert (card.inputs[0].datatype, card.outputs[0].name) == ("INT16", "speech")
 
 

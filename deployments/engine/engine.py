@@ -103,9 +103,9 @@ class Engine:
         self.counters.refused += sequences
         raise Overloaded(reason, retry_after_s=max(1, math.ceil(min(wait_s, 60.0))))
 
-    def predicted_wait_s(self, newcomers: int = 1) -> float:
-        """Until the last of `newcomers` would begin, from the rate at which others began."""
-        return max(0, self._ahead(newcomers)) * (self._begin_every_s or 0.0)
+    def predicted_wait_s(self) -> float:
+        """Until a newcomer would begin, from the rate at which others began."""
+        return max(0, self._ahead(1)) * (self._begin_every_s or 0.0)
 
     def _ahead(self, newcomers: int) -> int:
         """Of those that wait and `newcomers`, how many can't begin at once."""

@@ -14,7 +14,10 @@ from deployments.core.errors import ServingError
 class Interruption:
     """Cancels the block that it guards and turns that cancel, and no other, into an error."""
 
-    __slots__ = ("_fired", "_task")
+    __slots__ = ("_fired", "_kind", "_says", "_task")
+
+    def __init__(self, kind: type[ServingError], says: str) -> None:
+        self._kind, self._says = kind, says
 
     def __enter__(self) -> None:
         self._fired = False
@@ -26,27 +29,9 @@ class Interruption:
         self._fired = True
         self._task.cancel()
 
-    def _check(self, error: BaseException | None, kind: type[ServingError], says: str) -> None:
-        """Raise `kind` in the place of our own cancel."""
-        if not self._fired or not isinstance(error, asyncio.CancelledError):
-            return
-        # Somebody else's cancel that came at the same moment goes first (Python >= 3.11 counts them).
-        uncancel = getattr(self._task, "uncancel", None)
-        if uncancel is None or uncancel() == 0:
-            raise kind(says) from None
-
-
-class TimeLimit(Interruption):
-    """`with TimeLimit(5.0, BodyStalled, "it stopped"):` raises BodyStalled("it stopped for 5 s") inside."""
-
-    __slots__ = ("_kind", "_says", "_timeout_s", "_timer")
-
-    def __init__(self, timeout_s: float, kind: type[ServingError], says: str) -> None:
-        self._timeout_s, self._kind, self._says = timeout_s, kind, says
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._fire)
+    def _stop(self) -> None:
+        """Watch no longer: the block has ended."""
+        raise NotImplementedError
 
     def __exit__(
         self,
@@ -54,6 +39,28 @@ class TimeLimit(Interruption):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Raise our error in the place of our own cancel."""
+        self._stop()
+        if not self._fired or not isinstance(error, asyncio.CancelledError):
+            return
+        # Somebody else's cancel that came at the same moment goes first (Python >= 3.11 counts them).
+        uncancel = getattr(self._task, "uncancel", None)
+        if uncancel is None or uncancel() == 0:
+            raise self._kind(self._says) from None
+
+
+class TimeLimit(Interruption):
+    """`with TimeLimit(5.0, BodyStalled, "it stopped"):` raises BodyStalled("it stopped for 5 s") inside."""
+
+    __slots__ = ("_timeout_s", "_timer")
+
+    def __init__(self, timeout_s: float, kind: type[ServingError], says: str) -> None:
+        super().__init__(kind, f"{says} for {timeout_s:g} s")
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._fire)
+
+    def _stop(self) -> None:
         self._timer.cancel()
-        if self._fired:
-            self._check(error, self._kind, f"{self._says} for {self._timeout_s:g} s")

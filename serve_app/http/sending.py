@@ -6,7 +6,6 @@ gives "http.disconnect" once the body is read and the client gone.
 """
 
 import asyncio
-from types import TracebackType
 
 from starlette.types import Message, Receive, Send
 
@@ -23,6 +22,7 @@ class WhileConnected(Interruption):
     __slots__ = ("_receive", "_watch")
 
     def __init__(self, receive: Receive) -> None:
+        super().__init__(ClientLeft, "the client left before its answer was complete")
         self._receive = receive
 
     def __enter__(self) -> None:
@@ -34,14 +34,8 @@ class WhileConnected(Interruption):
             pass
         self._fire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _stop(self) -> None:
         self._watch.cancel()
-        self._check(error, ClientLeft, "the client left before its answer was complete")
 
 
 async def send_within(send: Send, message: Message, timeout_s: float) -> None:
