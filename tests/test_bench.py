@@ -169,6 +169,7 @@ def test_cpu_of_a_tree_includes_this_process() -> None:
     assert cpu_s > 0.0
     assert wall_s > 0.0
     assert Tree(os.getpid()).rss_bytes() > 10_000_000
+    assert 5_000_000 < Tree(os.getpid()).anonymous_bytes("") <= Tree(os.getpid()).rss_bytes()
 
 
 def test_report_judges_its_targets_and_is_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:

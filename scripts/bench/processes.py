@@ -72,6 +72,15 @@ class Tree:
         """Resident memory of the members whose name holds `name` (shared pages count each time)."""
         return sum(int(fields[21]) * PAGE_BYTES for found, fields in self.members().values() if name in found)
 
+    def anonymous_bytes(self, name: str) -> int:
+        """Memory that is the members' own, of those whose name holds `name`: no file's, no shared page."""
+        found = 0
+        for pid, (member, _) in self.members().items():
+            if name in member:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+        return found
+
     def kill(self) -> None:
         """SIGKILL every member until none is left."""
         deadline = time.monotonic() + 5.0
