@@ -8,11 +8,16 @@ Without it Ray reads a request into an unbounded queue while the application wor
 direct_ingress_http_util.py, ASGIDIReceiveProxy), so a client faster than the model fills the memory.
 """
 
+import asyncio
 import functools
+from typing import cast
 
 import uvicorn
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from serve_app.http.gathered import GatheredWrites
 
 _ROUTES = ("/stream", "/ws")
 _OWN_WATCH = (b"x-request-disconnect-disabled", b"?1")
@@ -42,6 +47,13 @@ def _set_websockets() -> None:
     14), and no pings: a pong lies behind the data that back-pressure leaves unread, and without it
     uvicorn ends the stream after 20 s. Time-outs of streams are in duplex.py."""
     made = functools.partialmethod(
-        uvicorn.Config.__init__, ws_per_message_deflate=False, ws_ping_interval=None
+        uvicorn.Config.__init__, ws=GatheringProtocol, ws_per_message_deflate=False, ws_ping_interval=None
     )
     uvicorn.Config.__init__ = made  # type: ignore[method-assign,assignment]
+
+
+class GatheringProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's own, that sends the messages of one turn of the event loop in one piece."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, GatheredWrites(transport, self.loop)))
