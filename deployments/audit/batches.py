@@ -1,0 +1,185 @@
+"""Whether an item's answer depends on who shares its batch, or on how far it is padded.
+
+Owns: the crowds that an item is put in, and how far its answers may lie apart. Must not know: threads,
+processes. Batches of one size run the same kernels, so equal bits under a swap of the mates prove
+independence there; what differs by less than the dtype's rounding (routing without drops, a kernel that
+blocks rows) is numerical coupling: told, not failed. Source: DESIGN, "The audit": alone against batched
+1e-7 in fp32, up to 7e-3 for a GRU in bf16.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deployments.audit.findings import Property
+from deployments.audit.randomness import seed_all
+from deployments.audit.sameness import distance, same, snapshot
+from deployments.audit.subject import Subject, distinct
+from deployments.audit.target import Batch, Input
+from deployments.runtime.modules import modules_of
+
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+SIZE = 4
+LARGE = 8
+
+
+class Crowds:
+    """Items in different company. A random model is seeded before each call, and an item keeps its place in
+    batches of one size: it draws the same numbers then, and company alone differs."""
+
+    def __init__(self, subject: Subject, *, is_random: bool = False) -> None:
+        self._subject, self._is_random = subject, is_random
+        self.tolerance = _tolerance(subject)
+
+    def check_mates(self) -> Property:
+        """`batch_invariant`."""
+        subject = self._subject
+        if not subject.can_batch:
+            return Property(None, "the model takes one item at a time")
+        groups = [self._mates_of(item) for item in (Input(0), *self._unlike())]
+        worst, evidence, tried = 0.0, [], 0
+        for group in groups:
+            for what, one, other in _pairs_of_batches(group):
+                found = self._compare(what, one, other)
+                if found is None:
+                    continue
+                tried += 1
+                worst = max(worst, found["difference"])
+                if found["difference"] > self.tolerance:
+                    evidence.append(found)
+        if evidence:
+            evidence.sort(key=lambda one: -one["difference"])
+            return Property(False, _says(evidence[0]), evidence[:6])
+        if not tried:
+            return Property(None, "no two examples can share a batch")
+        if worst > 0.0:
+            says = (
+                f"numerical coupling of {worst:.1g}, below {self.tolerance:g}: kernels differ with the size"
+            )
+            return Property(True, says, [{"tried": tried, "largest_difference": worst}])
+        return Property(True, f"equal bits in {tried} pairs of batches", [{"tried": tried}])
+
+    def check_padding(self) -> Property:
+        """`padding_invariant`."""
+        subject = self._subject
+        if not subject.pads:
+            return Property(None, "nothing is padded: only items of one shape share a batch")
+        lengths: dict[int, Input] = {}
+        for number in range(min(len(subject.examples), 8)):
+            lengths.setdefault(subject.length(Input(number)), Input(number))
+        if len(lengths) < 2:
+            return Property(None, "the examples all have one length: give examples() of different lengths")
+        ordered = [lengths[length] for length in sorted(lengths)]
+        longest, evidence, worst, tried = ordered[-1], [], 0.0, 0
+        for item in ordered[:-1]:
+            if subject.key(item) != subject.key(longest):
+                continue
+            found = self._compare("padded to a longer mate's length", (item, item), (item, longest))
+            if found is None:
+                continue
+            tried += 1
+            worst = max(worst, found["difference"])
+            if found["difference"] > self.tolerance:
+                evidence.append(found)
+        if evidence:
+            return Property(False, _says(evidence[0]), evidence)
+        if not tried:
+            return Property(None, "items of different length can't share a batch")
+        return Property(
+            True, f"largest difference {worst:.1g} over {tried} lengths", [{"largest_difference": worst}]
+        )
+
+    def _unlike(self) -> list[Input]:
+        return [
+            one
+            for one in distinct(self._subject)
+            if not one.change and self._subject.key(one) != self._subject.key(Input(0))
+        ]
+
+    def _mates_of(self, item: Input) -> list[Input]:
+        """The item, then others of its key and length: another example, other values, an outlier."""
+        subject = self._subject
+        found = [Input(n) for n in range(min(len(subject.examples), 8)) if n != item.example]
+        found += [Input(item.example, change) for change in ("other", "x-100", "x100")]
+        found += [Input(one.example, "x100") for one in found if not one.change]
+        return [item, *(one for one in found if self._is_mate(item, one))]
+
+    def _is_mate(self, item: Input, other: Input) -> bool:
+        subject = self._subject
+        try:
+            if (subject.key(other), subject.length(other)) != (subject.key(item), subject.length(item)):
+                return False
+            subject.call((item, other))
+        except Exception:  # a changed input may be no input at all
+            return False
+        return True
+
+    def _compare(self, what: str, one: Batch, other: Batch) -> dict[str, Any] | None:
+        """How far the answers of one[0] and the same item in `other` lie apart; None where a batch can't be
+        made.
+        """
+        item = one[0]
+        if self._is_random and (len(one) != len(other) or other[0] != item):
+            return None
+        try:
+            first = self._answer(one, 0)
+            second = self._answer(other, other.index(item))
+        except Exception as error:  # a batch that fails tells of the batch, not of the item
+            if len(other) == 1:
+                return None
+            return {
+                "what": f"{what}: {type(error).__name__}: {error}"[:300],
+                "difference": float("inf"),
+                "batches": _names(one, other),
+            }
+        apart = 0.0 if same(first, second) else distance(first, second)
+        return {"what": what, "difference": apart, "batches": _names(one, other)}
+
+    def _answer(self, batch: Batch, index: int) -> Any:
+        seed_all(0)
+        return snapshot(self._subject.call(batch)[index][0])
+
+
+def _pairs_of_batches(mates: Sequence[Input]) -> list[tuple[str, Batch, Batch]]:
+    """(what differs, a batch that begins with the item, another that holds it)."""
+    item, *others = mates
+    outliers = [one for one in others if one.change.startswith("x")]
+    plain = [one for one in others if one not in outliers]
+    pairs: list[tuple[str, Batch, Batch]] = []
+    for number, mate in enumerate(plain[:3]):
+        swap = plain[(number + 1) % len(plain)]
+        if swap != mate:
+            pairs.append(("another mate", (item, mate), (item, swap)))
+        pairs += [
+            ("mates that are copies of it", (item, *(mate,) * (SIZE - 1)), (item,) * SIZE),
+            ("its place in the batch", (item, mate, mate, mate), (mate, mate, mate, item)),
+            ("alone, and in a batch", (item,), (item, *(mate,) * (SIZE - 1))),
+            ("a larger batch of copies of its mate", (item, mate), (item, *(mate,) * (LARGE - 1))),
+            ("a large batch of copies of it", (item, *(mate,) * (LARGE - 1)), (*(item,) * LARGE,)),
+            ("a large batch, last", (item, *(mate,) * (LARGE - 1)), (*(mate,) * (LARGE - 1), item)),
+        ]  # fmt: skip
+    base = plain[:1] or [item]
+    for outlier in outliers[:2]:
+        pairs += [
+            ("an outlier as its mate", (item, *base), (item, outlier)),
+            ("an outlier before it", (item, *base), (outlier, item)),
+            ("a large batch of outliers", (item, *(base * (LARGE - 1))), (item, *(outlier,) * (LARGE - 1))),
+        ]
+    if not others:
+        pairs.append(("alone, and with a copy of itself", (item,), (item, item)))
+    return pairs
+
+
+def _names(*batches: Batch) -> list[list[str]]:
+    return [[str(item) for item in batch] for batch in batches]
+
+
+def _says(found: dict[str, Any]) -> str:
+    return f"an item's answer changed with {found['what']}: by {found['difference']:.2g} of its largest value"
+
+
+def _tolerance(subject: Subject) -> float:
+    """The coarsest that the model's weights and answers compute in."""
+    kinds = {p.dtype for _, module in modules_of(subject.instance) for p in module.parameters(recurse=False)}
+    return max((TOLERANCES[kind] for kind in kinds if kind in TOLERANCES), default=TOLERANCES[torch.float32])

@@ -1,0 +1,125 @@
+"""What an instance and an item cost, and what a second thread, a second instance or a batch would gain.
+
+Owns: these measurements, on the machine as it is now. Must not know: properties. Rounds of all ways are
+interleaved and the medians compared: a shared machine drifts more than the ways differ.
+Source: Triton issues 4387, 5736, 7579, whose authors ask why more instances are not faster.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deployments.audit.subject import Subject
+from deployments.audit.target import Batch, Input
+
+ROUNDS = 5
+LEAST_S = 0.05
+"""Of one way in one round."""
+BATCH = 8
+
+
+def resident_bytes() -> int:
+    """Of this process (Linux); 0 elsewhere."""
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    return _status_bytes("VmHWM")
+
+
+def reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not ours
+        pass
+
+
+def _status_bytes(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+class Costs:
+    """Of two instances. threads: cores of the machine; each way uses them all."""
+
+    def __init__(self, subjects: Sequence[Subject], threads: int, seconds: float) -> None:
+        self._subjects, self._threads, self._seconds = subjects, threads, seconds
+        self._item = Input(0)
+
+    def memory(self, device: str) -> dict[str, Any]:
+        """Of an item: what a batch takes at its peak beyond the least batch, shared out."""
+        subject, item = self._subjects[0], self._item
+        if torch.device(device).type == "cuda":
+            one, many = (self._cuda_peak(subject, (item,) * count) for count in (1, BATCH))
+        else:
+            one, many = (self._cpu_peak(subject, (item,) * count) for count in (1, BATCH))
+        return {"item_bytes": max(0, (many - one) // (BATCH - 1))}
+
+    @staticmethod
+    def _cpu_peak(subject: Subject, batch: Batch) -> int:
+        reset_peak()
+        subject.call(batch)
+        return peak_bytes()
+
+    @staticmethod
+    def _cuda_peak(subject: Subject, batch: Batch) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        subject.call(batch)
+        return torch.cuda.max_memory_allocated()
+
+    def speed(self, *, is_shareable: bool) -> dict[str, Any]:
+        """Items/s of one thread, and of the other ways as multiples of it. is_shareable: two threads in one
+        instance are worth a look; racing an unsafe one may end the process."""
+        first, second = self._subjects[0], self._subjects[-1]
+        batch = (self._item,) * BATCH
+        ways: dict[str, Callable[[float], float]] = {
+            "one": lambda s: self._rate([(first, (self._item,))], s),
+            "two_threads_one_instance": lambda s: self._rate([(first, (self._item,))] * 2, s),
+            "pool_of_2": lambda s: self._rate([(first, (self._item,)), (second, (self._item,))], s),
+            f"batch_of_{BATCH}": lambda s: self._rate([(first, batch)], s),
+        }
+        if not is_shareable:
+            ways.pop("two_threads_one_instance")
+        if not first.can_batch:
+            ways.pop(f"batch_of_{BATCH}")
+        each_s = max(LEAST_S, self._seconds / (ROUNDS * len(ways)))
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                rates[name].append(way(each_s))
+        one = statistics.median(rates["one"])
+        ratios = {
+            name: round(statistics.median(r / o for r, o in zip(rates[name], rates["one"], strict=True)), 2)
+            for name in ways if name != "one"
+        }  # fmt: skip
+        return {"items_per_s": round(one, 2), "speed_up": ratios, "torch_threads": self._threads}
+
+    def _rate(self, workers: Sequence[tuple[Subject, Batch]], seconds: float) -> float:
+        """Items/s of all workers, who share the machine's cores."""
+        counts = [0] * len(workers)
+        own_threads = max(1, self._threads // len(workers))
+        began = time.monotonic()
+        ended: list[float] = [0.0] * len(workers)
+
+        def work(number: int) -> None:
+            torch.set_num_threads(own_threads)
+            subject, batch = workers[number]
+            while not counts[number] or time.monotonic() - began < seconds:
+                subject.call(batch)
+                counts[number] += len(batch)
+            ended[number] = time.monotonic()
+
+        threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(len(workers))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(count / (end - began) for count, end in zip(counts, ended, strict=True))

@@ -1,0 +1,102 @@
+"""Pause points inside a model's call: before each operator, before each line of the model's own code.
+
+Owns: where a call can be paused. Must not know: who goes on then. Operators see what C++ does to tensors,
+lines what Python does to attributes: each finds races that the other can't. Both hold for the calling thread
+alone.
+Source: torch.utils._python_dispatch; sys.settrace; DESIGN, "The audit".
+"""
+
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Flag
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Pause = Callable[[str], None]
+
+
+class Instruments(Flag):
+    OPERATORS = 1
+    LINES = 2
+    BOTH = 3
+
+
+@contextmanager
+def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
+    """`pause(what)` is called at every point of the block, in this thread."""
+    before = sys.gettrace()
+    if Instruments.LINES in instruments:
+        sys.settrace(_Lines(pause).on_call)
+    try:
+        if Instruments.OPERATORS in instruments:
+            with _Operators(pause):
+                yield
+        else:
+            yield
+    finally:
+        sys.settrace(before)
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, pause: Pause) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pause = pause
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._pause(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Lines:
+    def __init__(self, pause: Pause) -> None:
+        self._pause = pause
+
+    def on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._on_line if is_own(frame.f_code.co_filename) else None
+
+    def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            self._pause(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self._on_line
+
+
+_NO_MODELS = ("torch", "numpy", "PIL", "msgspec", "sympy", "mpmath", "networkx", "_pytest", "pluggy")
+"""Packages that are nobody's model: their lines would be points, hundreds of them."""
+_LIBRARIES = tuple(
+    str(Path(folder)) + "/"
+    for folder in {
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("platstdlib"),
+        str(Path(__file__).parent),
+        str(Path(__file__).parents[1] / "runtime"),
+    }
+)
+"""Neither is the standard library, nor what calls the model. Other packages may be."""
+_own: dict[str, bool] = {}
+
+
+def is_own(filename: str) -> bool:
+    """Whether the lines of this file belong to a model."""
+    known = _own.get(filename)
+    if known is None:
+        _, packages, inside = filename.rpartition("/site-packages/")
+        if packages:
+            known = inside.split("/")[0] not in _NO_MODELS
+        else:
+            known = not filename.startswith(("<", *_LIBRARIES))
+        _own[filename] = known
+    return known
+
+
+def prepare() -> None:
+    """What torch imports at its first watched operator is imported now, not inside of a trial."""
+    with _Operators(lambda what: None):
+        torch.zeros(1).add_(1)

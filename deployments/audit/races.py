@@ -1,0 +1,258 @@
+"""Whether calls that overlap give what each gives alone: the search for a schedule that proves they don't.
+
+Owns: which schedules are tried in which order, and what counts as a difference. Must not know: what is called
+(a model's instance, two copies of it), processes, reports. Source: DESIGN, "The audit": operators and lines,
+lockstep and overlap, each alone and together, caught 23 of 24 unsafe models and accused none of 39 safe ones.
+
+A reference is a call made alone under the same instruments: bits are compared, and a kernel may give others
+where its caller is watched. After each schedule all answers are looked at once more, since one may be a
+view of memory that a later call writes, and each call is made once more alone, since the schedule may have
+spoilt what the model keeps.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.audit import schedules
+from deployments.audit.instruments import Instruments, instrumented
+from deployments.audit.randomness import seed_all
+from deployments.audit.sameness import same, snapshot
+from deployments.audit.schedules import Inside, Lockstep, Overlap, Schedule
+from deployments.audit.turns import Ended, Point, Stuck, Turns
+
+Call = Callable[[], Any]
+
+KINDS = (Instruments.BOTH, Instruments.OPERATORS, Instruments.LINES)
+STRIDES = (1, 3, 2, 5, 8)
+OVERLAPS = 40
+SIMPLEST = 60
+"""Places looked at for a simpler story of a race that was found."""
+MAX_STEPS = 200
+"""Of an interleaving, told in a report."""
+INSIDES = 8
+"""Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
+STORM = 5
+"""Calls in flight in the storm: ring buffers of two and three rooms look safe to a pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One interleaved run: which of the calls (by index), paused where, in which order."""
+
+    calls: tuple[int, ...]
+    instruments: Instruments
+    schedule: Schedule
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "calls": list(self.calls),
+            "instruments": str(self.instruments.name),
+            "schedule": schedules.to_json(self.schedule),
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Trial":
+        schedule = schedules.from_json(value["schedule"])
+        return Trial(tuple(value["calls"]), Instruments[value["instruments"]], schedule)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A trial that gave something else than the calls alone.
+
+    thread: the first whose answer differs. how: a sentence's end. points: the interleaving, for showing it.
+    """
+
+    trial: Trial
+    thread: int
+    how: str
+    points: list[Point]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "trial": self.trial.as_json(),
+            "thread": self.thread,
+            "how": self.how,
+            "steps": stretches(self.points)[:MAX_STEPS],
+        }
+
+
+def stretches(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The interleaving with stretches of one thread folded: where each begins and ends, and its points."""
+    found: list[dict[str, Any]] = []
+    for point in points:
+        if found and found[-1]["thread"] == point.thread:
+            found[-1]["to"] = point.what
+            found[-1]["points"] += 1
+        else:
+            found.append({"thread": point.thread, "from": point.what, "to": point.what, "points": 1})
+    return found
+
+
+class Races:
+    """The trials of a few calls, which raise nothing when made alone.
+
+    calls: share whatever is under test; or a function that makes them anew, with all that they share, for
+    each trial and each reference: for what only happens once, and for models that keep something. reseeds:
+    the model draws random numbers; at each pause all generators are seeded from the call and how far it is,
+    so that what it draws doesn't depend on the others. one_each: even calls belong to one instance, odd
+    ones to another, and an instance has one call at a time.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call] | Callable[[], Sequence[Call]],
+        *,
+        reseeds: bool = False,
+        one_each: bool = False,
+    ) -> None:
+        self._make = calls if callable(calls) else None
+        self._calls: Sequence[Call] = calls() if callable(calls) else list(calls)
+        self._reseeds, self._one_each = reseeds, one_each
+        self._alone: dict[tuple[int, Instruments], tuple[Any, int]] = {}
+        self.runs = 0
+        self.on_trial: Callable[[Trial], None] = lambda trial: None
+
+    def search(self, *, seed: int = 0, has_time: Callable[[], bool] = lambda: True) -> Finding | None:
+        """The first trial that differs, tried from the most telling on; None where none did in time."""
+        for trial in self.trials(seed):
+            if not has_time():
+                return None
+            found = self.run(trial)
+            if found is not None:
+                return self._simplest(found, has_time)
+        return None
+
+    def _simplest(self, found: Finding, has_time: Callable[[], bool]) -> Finding:
+        """The same difference by one call put whole inside one pause of another, where that does it: a
+        reader can follow it."""
+        if isinstance(found.trial.schedule, Inside) or len(found.trial.calls) != 2:
+            return found
+        instruments = found.trial.instruments
+        for point in self._places(found.trial.calls[0], instruments, SIMPLEST):
+            if not has_time():
+                break
+            simple = self.run(Trial(found.trial.calls, instruments, Inside((point,))))
+            if simple is not None:
+                return simple
+        return found
+
+    def trials(self, seed: int) -> Iterator[Trial]:
+        """Pairs of calls, and a call with itself, by every instrument; the telling ones first."""
+        rng = random.Random(seed)
+        pairs = self._pairs()
+        for strides in (STRIDES[:2], STRIDES[2:]):
+            for stride in strides:
+                for pair in pairs:
+                    for instruments in KINDS:
+                        yield Trial(pair, instruments, Lockstep(stride))
+            if strides == STRIDES[:2] and not self._one_each:
+                yield from self._storm()
+        for number in range(OVERLAPS):
+            for instruments in KINDS:
+                share = (0.05, 0.2, 0.5)[number % 3]
+                yield Trial(rng.choice(pairs), instruments, Overlap(rng.getrandbits(32), share))
+        for instruments in KINDS:
+            for pair in pairs:
+                for point in self._places(pair[0], instruments, INSIDES):
+                    yield Trial(pair, instruments, Inside((point,)))
+
+    def _storm(self) -> Iterator[Trial]:
+        order = tuple(number % len(self._calls) for number in range(STORM))
+        for instruments in KINDS:
+            for point in self._places(0, instruments, INSIDES):
+                yield Trial(order, instruments, Inside((point,) * (STORM - 1)))
+
+    def run(self, trial: Trial) -> Finding | None:
+        """What of the trial differs from the calls alone; raises what a call alone raises."""
+        self.on_trial(trial)
+        expected = [self._reference(number, trial.instruments)[0] for number in trial.calls]
+        calls = self._calls if self._make is None else self._make()
+        turns = Turns(trial.schedule)
+        self.runs += 1
+        try:
+            ended = turns.run(
+                [self._instrumented(calls[n], n, trial.instruments, turns) for n in trial.calls]
+            )
+        except Stuck as stuck:
+            return Finding(trial, 0, f"waits for ever: a deadlock, {stuck}", turns.points)
+        firsts = [snapshot(end.value) for end in ended]
+        again = [
+            self._again(calls, number, trial.instruments) if self._make is None else Ended(wanted)
+            for number, wanted in zip(trial.calls, expected, strict=True)
+        ]
+        for thread, parts in enumerate(zip(ended, firsts, expected, again, strict=True)):
+            how = _difference(*parts)
+            if how:
+                return Finding(trial, thread, how, turns.points)
+        return None
+
+    # -- one call ---------------------------------------------------------------------------------------
+
+    def _instrumented(self, call: Call, number: int, instruments: Instruments, turns: Turns) -> Call:
+        count = 0
+
+        def pause(what: str) -> None:
+            nonlocal count
+            turns.pause(what)
+            count += 1
+            if self._reseeds:
+                seed_all(1000 * number + count)
+
+        def run() -> Any:
+            if self._reseeds:
+                seed_all(1000 * number)
+            with instrumented(pause, instruments):
+                return call()
+
+        return run
+
+    def _reference(self, number: int, instruments: Instruments) -> tuple[Any, int]:
+        """(the call's answer alone, its points)."""
+        known = self._alone.get((number, instruments))
+        if known is None:
+            calls = self._calls if self._make is None else self._make()
+            end, points = self._made_alone(calls, number, instruments)
+            if end.error is not None:
+                raise end.error
+            known = self._alone[number, instruments] = (snapshot(end.value), points)
+        return known
+
+    def _again(self, calls: Sequence[Call], number: int, instruments: Instruments) -> Ended:
+        end, _ = self._made_alone(calls, number, instruments)
+        return Ended(snapshot(end.value), end.error)
+
+    def _made_alone(self, calls: Sequence[Call], number: int, instruments: Instruments) -> tuple[Ended, int]:
+        turns = Turns(Lockstep(1))
+        (end,) = turns.run([self._instrumented(calls[number], number, instruments, turns)])
+        return end, len(turns.points)
+
+    # -- which ------------------------------------------------------------------------------------------
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Neighbours in both orders, and the first with itself."""
+        count = len(self._calls)
+        pairs = [(n, (n + 1) % count) for n in range(count)] if count > 1 else []
+        return [*pairs, *((b, a) for a, b in pairs if count == 2), *([] if self._one_each else [(0, 0)])]
+
+    def _places(self, number: int, instruments: Instruments, most: int) -> list[int]:
+        points = self._reference(number, instruments)[1]
+        step = max(1, points // most)
+        return list(range(1, points + 1, step))[:most]
+
+
+def _difference(end: Ended, first: Any, wanted: Any, later: Ended) -> str:
+    """How a call's end differs from the call alone; "" where it does not."""
+    if end.error is not None:
+        return f"raised {type(end.error).__name__}: {end.error}"[:300]
+    if not same(first, wanted):
+        return "gave another answer than alone"
+    if not same(end.value, first):
+        return "gave an answer that changed afterwards: it shares memory with what later calls write"
+    if later.error is not None:
+        return f"raised when it was called again, alone: {type(later.error).__name__}: {later.error}"[:300]
+    if not same(later.value, wanted):
+        return "gave another answer when it was called again, alone: the overlap spoilt what the model keeps"
+    return ""

@@ -1,0 +1,164 @@
+"""The audit's report as people read it: on a terminal, and as a Markdown page.
+
+Owns: its words: what was found, where, what to change, what it costs to leave it. Must not know: how
+anything was decided.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Report = Mapping[str, Any]
+
+QUESTIONS = {
+    "thread_safe": "do threads that share one instance get what each gets alone?",
+    "cold_start_safe": "the same for its very first calls",
+    "copy_safe": "do two instances keep out of each other's way?",
+    "order_independent": "is an answer independent of earlier calls?",
+    "batch_invariant": "is an item's answer independent of its batch-mates?",
+    "padding_invariant": "and of how far it is padded?",
+    "deterministic": "does it draw no random numbers?",
+    "eval_mode": "is everything in evaluation mode?",
+}
+
+CURES = {
+    "thread_safe": (
+        "keep what a call needs in local variables; leave it, and calls run one at a time in each instance "
+        "(mode {mode})"
+    ),
+    "cold_start_safe": (
+        "build tables and lazy layers in load(); leave it, and warm-up runs on one thread, as brimful does"
+    ),
+    "copy_safe": (
+        "move module globals, class attributes and lru_caches that change to the instance; leave it, and "
+        "parallel calls need a process each"
+    ),
+    "order_independent": (
+        "keep nothing between calls that answers depend on; leave it, and callers see each other's traces, "
+        "whatever the mode: one call at a time doesn't cure it"
+    ),
+    "batch_invariant": (
+        "reduce over an item's own dimensions only (not over dim 0), scale per row, drop no tokens; leave "
+        "it, and items are run one by one (batching per_item), or say allow_batch_dependence: true"
+    ),
+    "padding_invariant": (
+        "mask what is padded in attention, pooling and convolutions; leave it, and items are run one by one"
+    ),
+    "deterministic": (
+        "call .eval(), or seed a generator made in the call itself; leave it, and equal requests get unequal "
+        "answers"
+    ),
+    "eval_mode": (
+        "call .eval() in load() on the whole network, and pass training=self.training to functional dropout"
+    ),
+}
+
+MODES = {
+    "shared": "one instance, several threads",
+    "pool": "several instances that share their weights, one call at a time in each",
+    "processes": "one call at a time; for more at once, more replicas",
+    "exclusive": "one call at a time, in the order they came",
+}
+
+_SIGNS = {True: "yes", False: "NO ", None: "  ? "}
+
+
+def lines(report: Report) -> Iterator[str]:
+    """For a terminal."""
+    yield f"{report['target']}: {report['verdict']}"
+    yield f"  mode {report['mode']}: {MODES[report['mode']]}; batching {report['batching']}"
+    yield ""
+    for name, found in report["properties"].items():
+        yield f"  {_SIGNS[found['holds']]:<4} {name:<18} {found['reason']}"
+        if found["holds"] is False:
+            yield from (f"       {line}" for line in details(name, report))
+    yield ""
+    yield from (f"  {line}" for line in measured(report))
+
+
+def details(name: str, report: Report) -> Iterator[str]:
+    """Of a property that fails: the proof, and what to change."""
+    for one in report["properties"][name]["evidence"][:3]:
+        if "replay" in one:
+            for thread, call in one["calls"].items():
+                yield f"thread {thread}: {' + '.join(call)}"
+            yield f"see it again: --replay {one['replay']}"
+        elif "batches" in one:
+            first, second = one["batches"]
+            yield f"[{', '.join(first)}] against [{', '.join(second)}]: {one['difference']:.2g}"
+        elif "module" in one:
+            yield f"{one['module']} ({one['type']}): {one['what']}"
+        elif "seen" in one:
+            yield f"{' + '.join(one['call'])}: " + "; ".join(one["seen"])
+        elif "at" in one:
+            yield f"{one['at']}: {one.get('what') or one.get('operator')}"
+    if name in ("thread_safe", "copy_safe", "order_independent"):
+        for write in report["writes"][:4]:
+            yield f"written in a call: {write['attribute']} of {write['of']}, {write['file']}:{write['line']}"
+    yield "to change: " + CURES[name].format(mode=report["mode"])
+
+
+def measured(report: Report) -> Iterator[str]:
+    """What the modes would gain."""
+    found = report["measured"]
+    if "error" in found:
+        yield f"not measured: {found['error']}"
+        return
+    instance, item = found["instance_bytes"] / 2**20, found["item_bytes"] / 2**20
+    yield f"an instance takes {instance:.0f} MiB, an item {item:.2f} MiB"
+    yield f"{found['items_per_s']:g} items/s one by one on {found['cores']} cores"
+    gains = ", ".join(
+        f"{name.replace('_', ' ')} {ratio:g} times" for name, ratio in found["speed_up"].items()
+    )
+    yield f"against that: {gains}"
+
+
+def markdown(report: Report) -> str:
+    """A page to keep."""
+    rows = [
+        f"| `{name}` | {QUESTIONS[name]} | {_SIGNS[found['holds']].strip()} | {_cell(found['reason'])} |"
+        for name, found in report["properties"].items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    parts = [
+        f"# {report['target']}: {report['verdict']}",
+        f"Mode `{report['mode']}` ({MODES[report['mode']]}), batching `{report['batching']}`. {versions}.",
+        "\n".join(["| property | question | holds | why |", "|---|---|---|---|", *rows]),
+        *(
+            f"## `{name}`\n\n" + "\n".join(f"- {line}" for line in details(name, report))
+            for name, found in report["properties"].items()
+            if found["holds"] is False
+        ),
+        "## Measured\n\n" + "\n".join(f"- {line}" for line in measured(report)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def side_by_side(
+    evidence: Mapping[str, Any], found: Mapping[str, Any] | None, width: int = 50
+) -> Iterator[str]:
+    """A replayed trial: the threads in columns, time downwards."""
+    if found is None:
+        yield "it did not happen this time"
+        return
+    names = list(evidence["calls"])
+    if len(names) > 2:
+        width = 36
+    yield " | ".join(f"{'thread ' + name:<{width}}" for name in names)
+    yield " | ".join(f"{' + '.join(evidence['calls'][name])[:width]:<{width}}" for name in names)
+    yield "-+-".join("-" * width for _ in names)
+    for step in found["steps"]:
+        text = step["from"] if step["points"] == 1 else f"{step['from']} .. {step['to']} ({step['points']})"
+        cells = [_tail(text, width) if n == step["thread"] else "" for n in range(len(names))]
+        yield " | ".join(f"{cell:<{width}}" for cell in cells)
+    yield ""
+    yield f"thread {names[found['thread']]} {found['how']}"
+
+
+def _tail(text: str, width: int) -> str:
+    """Paths shortened to their last part."""
+    short = " ".join(word.rsplit("/", 1)[-1] for word in text.split(" "))
+    return short if len(short) <= width else "…" + short[1 - width :]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

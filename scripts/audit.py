@@ -1,0 +1,134 @@
+"""May threads share one instance of this model, and may it be batched? With the proof where not.
+
+TARGET is path/to/file.py:Class (your model class, an nn.Module, or a function that gives one, with
+`examples`), or the name of an application in config.yaml.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.audit import report as reports
+from deployments.audit import store
+from deployments.audit.audit import Audit, AuditFailed
+from deployments.audit.process import run_phase
+from deployments.audit.target import Target
+
+_EXAMPLES = """
+examples:
+  python -m scripts.audit my_model.py:Doubler              may my model be shared, may it be batched?
+  python -m scripts.audit embed                            an application of config.yaml
+  python -m scripts.audit my_model.py:Doubler --json       the whole report, one JSON object
+  python -m scripts.audit my_model.py:Doubler --markdown audit.md
+  python -m scripts.audit --replay 3f9a1c22b0              a race that was found, again, step by step
+
+Exit status: 0 as safe as tested, 1 something fails, 2 it could not run.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="audit",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target", nargs="?", help="path/to/file.py:Class, module:Class, or an application's name"
+    )
+    parser.add_argument(
+        "--config", default="config.yaml", help="where applications are looked up (config.yaml)"
+    )
+    parser.add_argument("--model-args", default="{}", help="the class's keyword arguments, a JSON object")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds, about (60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random overlaps (0)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--replay", metavar="ID", help="show a race again; the report names its id")
+    options = parser.parse_args(argv)
+    if options.replay:
+        return _replay(options.replay)
+    if options.target is None:
+        parser.error("say what to audit: path/to/file.py:Class, or an application of config.yaml")
+    if not options.budget_s > 0:
+        parser.error("--budget-s must be above 0")
+    try:
+        target = _target(options)
+        audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
+        report = audit.run()
+    except (AuditFailed, ValueError) as error:
+        print(f"audit: {options.target} could not be audited: {error}", file=sys.stderr)
+        return 2
+    store.save(report)
+    if options.markdown:
+        Path(options.markdown).write_text(reports.markdown(report))
+    print(json.dumps(report) if options.json else "\n".join(reports.lines(report)))
+    return 1 if report["fails"] else 0
+
+
+def _target(options: argparse.Namespace) -> Target:
+    """Raises ValueError that says what to change."""
+    try:
+        model_args = json.loads(options.model_args)
+    except ValueError as error:
+        raise ValueError(f"--model-args is not JSON: {error}") from error
+    if not isinstance(model_args, dict):
+        raise ValueError("--model-args must be a JSON object")
+    if ":" in options.target:
+        return Target(options.target, model_args, str(Path.cwd()), options.device)
+    args = _application(options.target, Path(options.config))
+    folder = str(Path(options.config).resolve().parent)
+    return Target(args["model"], {**args.get("model_args", {}), **model_args}, folder, options.device)
+
+
+def _application(name: str, config: Path) -> dict[str, Any]:
+    """The args of an application. Raises ValueError."""
+    if not config.exists():
+        raise ValueError(
+            f"it is no path/to/file.py:Class, and there is no {config} to look it up in (--config)"
+        )
+    try:
+        found = yaml.safe_load(config.read_text())["applications"]
+        apps = {app["name"]: app.get("args", {}) for app in found}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is no config file: {error}") from error
+    if name not in apps:
+        raise ValueError(f"{config} has no application {name!r}; it has {', '.join(map(repr, apps))}")
+    if "model" not in apps[name]:
+        raise ValueError(f"application {name!r} has no `model` in its args")
+    return dict(apps[name])
+
+
+def _replay(replay: str) -> int:
+    found = store.find_race(replay)
+    if found is None:
+        print(f"audit: no kept report has a race {replay!r}; audit the model again", file=sys.stderr)
+        return 2
+    report, evidence = found
+    target = Target(**report["model"])
+    outcome = run_phase(
+        "deployments.audit.phases:replay", target, evidence["kind"], evidence["trial"], limit_s=120.0
+    )
+    if outcome.died:
+        print(f"the process died in the overlap again: {outcome.error}")
+        return 1
+    if outcome.error:
+        print(f"audit: {outcome.error}", file=sys.stderr)
+        return 2
+    print(f"{report['target']}, schedule {json.dumps(evidence['trial'])}\n")
+    print("\n".join(reports.side_by_side(evidence, outcome.value)))
+    return 0 if outcome.value is None else 1
+
+
+def _progress(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

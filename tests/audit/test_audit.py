@@ -1,0 +1,255 @@
+"""The audit as a whole: fresh processes, the verdict, the command; unsafe files are told from safe ones."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.audit import report as reports
+from deployments.audit import store
+from deployments.audit.audit import compare_orders
+from deployments.audit.findings import PROPERTIES, Property
+from deployments.audit.process import Outcome, run_phase
+from deployments.audit.subject import calls_of, load
+from deployments.audit.target import Input, Target
+from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
+from deployments.runtime.model_class import ModelClassError
+from scripts import audit as command
+
+KINDS = str(Path(__file__).with_name("kinds.py"))
+SMALL = ["--budget-s", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = command.main(arguments)
+    return status, capsys.readouterr().out
+
+
+# The command
+
+
+def test_unsafe_model_gets_its_proof_and_the_replay_shows_it_again(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    status, out = ask(capsys, f"{KINDS}:GlobalDict", *SMALL, "--json", "--markdown", str(page))
+    report = json.loads(out)
+    assert status == 1
+    assert (report["verdict"], report["mode"], report["batching"]) == ("unsafe", "processes", "dynamic")
+    assert set(report["properties"]) == set(PROPERTIES)
+    proof = report["properties"]["thread_safe"]["evidence"][0]
+    write = proof["writes"][0]
+    line = Path(write["file"]).read_text().splitlines()[write["line"] - 1]
+    assert (write["attribute"], line.strip()) == ("GLOBAL", 'GLOBAL["x"] = x')
+    assert report["properties"]["copy_safe"]["holds"] is False
+    assert "# " in page.read_text()
+    assert proof["replay"] in page.read_text()
+    status, shown = ask(capsys, "--replay", proof["replay"])
+    assert status == 1
+    assert "thread A" in shown
+    assert "another answer than alone" in shown
+
+
+@pytest.mark.slow  # 30 s: one whole audit is enough for every run
+def test_module_of_a_factory_is_audited_with_the_examples_beside_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "nets.py"
+    file.write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()\n"
+        "def examples():\n"
+        "    return [torch.ones(4), torch.arange(4.0)]\n"
+    )
+    status, out = ask(capsys, f"{file}:make", *SMALL)
+    assert status == 0, out
+    assert "safe as tested" in out
+    assert "mode shared" in out
+    assert "batch of 8" in out
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nowhere.py:Model", "there is no file"),
+        (f"{KINDS}:Nothing", "has no Nothing"),
+        ("no_application", "has no application 'no_application'"),
+        (f"{KINDS}:Fails", "ValueError: weights are missing"),
+    ],
+)
+def test_what_can_not_be_audited_says_why(
+    target: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert command.main([target, *SMALL]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_replay_of_an_unknown_race_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--replay", "0000000000"]) == 2
+    assert "audit the model again" in capsys.readouterr().err
+
+
+# Processes
+
+
+def test_phase_gives_its_value_and_what_it_said() -> None:
+    said: list[Any] = []
+    outcome = run_phase(f"{__name__}:_says", 3, limit_s=60.0, on_said=said.append)
+    assert (outcome.value, said, outcome.error) == ("done", [0, 1, 2], "")
+
+
+def _says(say: Any, count: int) -> str:
+    for number in range(count):
+        say(number)
+    return "done"
+
+
+def test_phase_that_raises_dies_or_hangs_is_told_apart() -> None:
+    raised = run_phase(f"{__name__}:_raises", limit_s=60.0)
+    assert raised.error.startswith("ValueError: wrong")
+    died = run_phase(f"{__name__}:_dies", limit_s=60.0)
+    assert (died.died, died.last, died.error) == (True, "about to", "its process ended with SIGABRT")
+    began = time.monotonic()
+    hung = run_phase(f"{__name__}:_hangs", limit_s=5.0)
+    assert "longer than 5 s" in hung.error
+    assert time.monotonic() - began < 20
+
+
+def _raises(say: Any) -> None:
+    raise ValueError("wrong")
+
+
+def _dies(say: Any) -> None:
+    say("about to")
+    os.abort()
+
+
+def _hangs(say: Any) -> None:
+    time.sleep(60)
+
+
+# What the properties add up to
+
+
+def properties(*false: str, unknown: tuple[str, ...] = ()) -> dict[str, Property]:
+    return {name: Property(None if name in unknown else name not in false, "because") for name in PROPERTIES}
+
+
+@pytest.mark.parametrize(
+    ("false", "unknown", "mode", "batching"),
+    [
+        ((), (), "shared", "dynamic"),
+        (("cold_start_safe",), (), "shared", "dynamic"),
+        (("thread_safe",), (), "pool", "dynamic"),
+        (("thread_safe", "copy_safe"), (), "processes", "dynamic"),
+        (("thread_safe", "copy_safe", "order_independent"), (), "exclusive", "dynamic"),
+        ((), ("thread_safe",), "pool", "dynamic"),
+        ((), ("thread_safe", "copy_safe"), "processes", "dynamic"),
+        (("batch_invariant",), (), "shared", "per_item"),
+        (("padding_invariant",), (), "shared", "per_item"),
+        ((), ("padding_invariant",), "shared", "dynamic"),
+        ((), ("batch_invariant",), "shared", "per_item"),
+    ],
+)
+def test_mode_and_batching_follow_from_what_was_shown(
+    false: tuple[str, ...], unknown: tuple[str, ...], mode: str, batching: str
+) -> None:
+    found = properties(*false, unknown=unknown)
+    assert (mode_of(found), batching_of(found)) == (mode, batching)
+    assert fails(found) == bool(false)
+
+
+def test_words_are_never_plain_safe() -> None:
+    write = {"attribute": "self.x", "of": "M", "file": "m.py", "line": 1}
+    assert verdict_of(properties(), []) == "safe as tested"
+    assert verdict_of(properties(), [write]) == "writes, no effect found"
+    assert verdict_of(properties("thread_safe"), [write]) == "unsafe"
+    assert verdict_of(properties(unknown=("thread_safe",)), []) == "undecided"
+
+
+def test_answer_that_follows_the_order_of_calls_is_found_across_processes() -> None:
+    alone = {"calls": [["examples()[0]"], ["examples()[1]"]], "writes": [], "first_writes": []}
+    same = [Outcome([[], [(0, "a"), (1, "b")]]), Outcome([[], [(1, "b"), (0, "a")]])]
+    assert compare_orders(same, alone).holds is True
+    other = [Outcome([[], [(0, "a"), (1, "b")]]), Outcome([[], [(1, "c"), (0, "a")]])]
+    found = compare_orders(other, alone)
+    assert found.holds is False
+    assert found.evidence[0]["answers"] == 2
+    assert compare_orders([Outcome(error="it died")], alone).holds is None
+
+
+def test_every_property_has_a_question_and_a_cure() -> None:
+    assert set(reports.QUESTIONS) == set(reports.CURES) == set(PROPERTIES)
+
+
+# Inputs
+
+
+def test_calls_differ_in_values_size_and_shape() -> None:
+    target = Target("tests.audit.kinds:MeanPoolingWithMask", folder=str(Path(__file__).parents[2]))
+    subject = load(target)
+    calls = calls_of(subject)
+    assert (Input(0),) in calls
+    assert any(len(batch) > 1 for batch in calls)
+    assert any(item.change == "x-100" for batch in calls for item in batch)
+    assert len({subject.length(batch[0]) for batch in calls}) > 1
+
+
+def test_model_without_examples_and_inputs_is_asked_for_them(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "class Bare:\n    def load(self, device): ...\n    def forward(self, batch): return batch\n"
+    )
+    with pytest.raises(ModelClassError, match="add `def examples"):
+        load(Target("bare.py:Bare", folder=str(tmp_path)))
+
+
+def test_declared_inputs_stand_in_for_examples(tmp_path: Path) -> None:
+    (tmp_path / "declared.py").write_text(
+        "class Declared:\n"
+        "    inputs = [('x', 'FP32', [-1, 3])]\n"
+        "    def load(self, device): ...\n"
+        "    def forward(self, batch): return batch * 2\n"
+    )
+    subject = load(Target("declared.py:Declared", folder=str(tmp_path)))
+    assert len(subject.examples) == 3
+    assert len(subject.call((Input(0), Input(1)))) == 2
+
+
+# Reports kept
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    race = {"replay": "abc", "kind": "threads", "trial": {}, "calls": {}, "writes": []}
+    return {
+        "target": "m.py:M",
+        "model": {"model": "m.py:M"},
+        "properties": {"thread_safe": {"holds": False, "reason": "r", "evidence": [race]}},
+    }
+
+
+def test_report_is_found_by_its_races_and_replaced_by_the_next(report: dict[str, Any]) -> None:
+    first = store.save(report)
+    assert store.find_race("abc") == (report, report["properties"]["thread_safe"]["evidence"][0])
+    report["properties"]["thread_safe"]["evidence"] = []
+    assert store.save(report) == first
+    assert store.find_race("abc") is None
+
+
+def test_instances_of_one_file_share_its_globals() -> None:
+    target = Target(f"{KINDS}:GlobalDict")
+    first, second = load(target), load(target)
+    first.call((Input(0),))
+    module = type(first.instance).forward.__globals__
+    assert module is type(second.instance).forward.__globals__
