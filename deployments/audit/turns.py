@@ -51,6 +51,7 @@ class _Thread:
     has_begun: bool = False
     is_done: bool = False
     is_blocked: bool = False
+    is_waiting: bool = False  # for its turn: asleep, but not for a lock of the model's
     last: str = ""
 
 
@@ -118,7 +119,9 @@ class Turns:
             thread.is_blocked = False
             if self._owner == -1:
                 self._owner = number
+        thread.is_waiting = True
         self._changed.wait_for(lambda: self._owner == number)
+        thread.is_waiting = False
 
     # -- whose turn -----------------------------------------------------------------------------------
 
@@ -150,12 +153,14 @@ class Turns:
                 idle_s = time.monotonic() - since
                 if idle_s > STUCK_AFTER_S:
                     raise Stuck(", ".join(f"thread {n} at {t.last}" for n, t in enumerate(self._threads)))
-                if idle_s > BLOCKED_AFTER_S and self._owner >= 0 and _is_asleep(self._threads[self._owner]):
-                    self._pass_over()
+                if idle_s > BLOCKED_AFTER_S and self._owner >= 0:
+                    self._pass_over_if_blocked()
 
-    def _pass_over(self) -> None:
-        """The owner waits for something: another one may go on."""
+    def _pass_over_if_blocked(self) -> None:
+        """The owner waits for something that a paused one holds: another one may go on."""
         owner = self._threads[self._owner]
+        if owner.is_waiting or not _is_asleep(owner):  # waiting: it wakes up as soon as it gets a core
+            return
         owner.is_blocked = not owner.is_done
         self._give_to_any()
 

@@ -69,3 +69,30 @@ def test_other_threads_pass_a_pause() -> None:
 
     turns.run([call, call])
     assert [point.what for point in turns.points] == ["ours", "ours"]
+
+
+def test_thread_that_is_slow_to_wake_up_is_not_taken_for_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "POLL_S", 0.0001)
+    monkeypatch.setattr(turns_module, "BLOCKED_AFTER_S", -1.0)
+    monkeypatch.setattr(turns_module, "_is_asleep", lambda thread: True)
+    monkeypatch.setattr(turns_module, "_cpu_s", lambda thread: 0.0)
+    monkeypatch.setattr(turns_module, "STUCK_AFTER_S", 5.0)
+    is_over = threading.Event()
+
+    def keep_the_interpreter_busy() -> None:
+        while not is_over.is_set():
+            sum(range(1000))
+
+    hog = threading.Thread(target=keep_the_interpreter_busy)
+    hog.start()
+    turns = Turns(Lockstep(1))
+
+    def call() -> None:
+        for number in range(100):
+            turns.pause(str(number))
+
+    try:
+        assert all(end.error is None for end in turns.run([call, call, call]))
+    finally:
+        is_over.set()
+        hog.join()
