@@ -11,9 +11,11 @@ import base64
 import importlib.util
 import io
 import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from operator import neg
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import soundfile
@@ -39,45 +41,99 @@ _BLOCK = 256
 Frames = np.ndarray[tuple[int, int], np.dtype[np.int16]]
 
 
-class Network:
-    """The 16 kHz network: frames with context [N, 576] -> features [N, 128] -> cell -> probability."""
+class Network(torch.nn.Module):
+    """The 16 kHz network: frames with context [N, 576] -> features [N, 128] -> cell -> probability.
+
+    Served as TorchScript (`scripted`): a step of eager operators takes the interpreter's lock 150 times,
+    each time from an event loop that is busy with messages. `forward` gives it away once.
+    """
+
+    # TorchScript knows a class's constants, not a module's.
+    context: Final[int] = CONTEXT
+    window: Final[int] = WINDOW
+    hop: Final[int] = HOP
+    bins: Final[int] = BINS
+    cell: Final[int] = CELL
+    block: Final[int] = _BLOCK
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self._stft = weights["stft.forward_basis_buffer"][:, 0].T.contiguous()  # [256, 2 * 129]
-        self._layers = [
+        super().__init__()
+        layers = [
             _as_product(weights, "encoder.0", columns=4, stride=1),  # 4 columns of 129 -> 4 of 128
             _as_product(weights, "encoder.1", columns=4, stride=2),  # -> 2 of 64
             _as_product(weights, "encoder.2", columns=2, stride=2),  # -> 1 of 64
             _as_product(weights, "encoder.3", columns=1, stride=1),  # -> 1 of 128
         ]
-        self._input = weights["decoder.rnn.weight_ih"]
-        self._hidden = weights["decoder.rnn.weight_hh"].T.contiguous()
-        self._bias = weights["decoder.rnn.bias_ih"] + weights["decoder.rnn.bias_hh"]
-        self._final = weights["decoder.decoder.2.weight"].view(1, CELL), weights["decoder.decoder.2.bias"]
+        self.layers = [weight for weight, _ in layers]
+        self.biases = [bias for _, bias in layers]
+        self.stft = weights["stft.forward_basis_buffer"][:, 0].T.contiguous()  # [256, 2 * 129]
+        self.input = weights["decoder.rnn.weight_ih"]
+        self.hidden = weights["decoder.rnn.weight_hh"].T.contiguous()
+        self.bias = weights["decoder.rnn.bias_ih"] + weights["decoder.rnn.bias_hh"]
+        self.final = weights["decoder.decoder.2.weight"].view(1, CELL)
+        self.final_bias = weights["decoder.decoder.2.bias"]
+
+    def forward(
+        self,
+        samples: torch.Tensor,
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        ends: tuple[torch.Tensor, torch.Tensor],
+        live: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[N, 512] float32 in [-1, 1], the frames of B sequences one behind the other, those with the most
+        frames first -> probabilities [N]; context [B, 64], hidden and cell [B, 128] after each one's last.
+
+        states: context, hidden, cell before. ends: each sequence's first and last frame [B]. live: of each
+        frame number, how many sequences have such a frame.
+        """
+        context, hidden, cell = states
+        firsts, lasts = ends
+        tails = samples[:, -self.context :]
+        before = tails.roll(1, 0).index_copy_(0, firsts, context)
+        gates = self.gates(torch.cat([before, samples], 1))
+        if len(live) == 1:  # one frame each
+            hidden, cell = self.advance(gates, hidden, cell)
+            return self.probability(hidden), tails[lasts], hidden, cell
+        hiddens = torch.empty([len(gates), self.cell], dtype=gates.dtype, device=gates.device)
+        hidden, cell = hidden.clone(), cell.clone()
+        for number, count in enumerate(live):
+            at = firsts[:count] + number
+            hidden[:count], cell[:count] = self.advance(gates[at], hidden[:count], cell[:count])
+            hiddens[at] = hidden[:count]
+        return self.probability(hiddens), tails[lasts], hidden, cell
 
     def gates(self, frames: torch.Tensor) -> torch.Tensor:
-        """[N, 64 + 512] float32 in [-1, 1] -> what the input adds to the cell's gates [N, 512]."""
-        return torch.cat([self._gates(block) for block in torch.split(frames, _BLOCK)])
-
-    def _gates(self, frames: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(frames, (0, WINDOW // 4), "reflect")
-        waves = padded.unfold(1, WINDOW, HOP).reshape(-1, WINDOW) @ self._stft  # [4 N, 2 * 129]
-        x = torch.hypot(waves[:, :BINS], waves[:, BINS:]).view(len(frames), -1)  # [N, 4 * 129]
-        for weight, bias in self._layers:
-            x = F.linear(x, weight, bias).relu_()
-        return F.linear(x, self._input, self._bias)
+        """[N, 64 + 512] -> what the input adds to the cell's gates [N, 512]."""
+        blocks: list[torch.Tensor] = []
+        for block in torch.split(frames, self.block):
+            padded = F.pad(block, [0, self.window // 4], "reflect")
+            waves = (
+                padded.unfold(1, self.window, self.hop).reshape(-1, self.window) @ self.stft
+            )  # [4 N, 2 * 129]
+            x = torch.hypot(waves[:, : self.bins], waves[:, self.bins :]).view(len(block), -1)  # [N, 4 * 129]
+            for weight, bias in zip(self.layers, self.biases):  # noqa: B905 (TorchScript has no strict)
+                x = F.linear(x, weight, bias).relu_()
+            blocks.append(F.linear(x, self.input, self.bias))
+        return torch.cat(blocks)
 
     def advance(
         self, gates: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the LSTM cell: [B, 512], [B, 128], [B, 128] -> hidden and cell."""
-        entry, forget, content, exit_ = torch.addmm(gates, hidden, self._hidden).chunk(4, 1)
+        entry, forget, content, exit_ = torch.addmm(gates, hidden, self.hidden).chunk(4, 1)
         cell = forget.sigmoid() * cell + entry.sigmoid() * content.tanh()
         return exit_.sigmoid() * cell.tanh(), cell
 
     def probability(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, 128] -> [N]."""
-        return F.linear(hidden.relu(), *self._final).sigmoid().squeeze(1)
+        return F.linear(hidden.relu(), self.final, self.final_bias).sigmoid().squeeze(1)
+
+
+def scripted(network: Network) -> Any:
+    """TorchScript of it; to be run without optimised execution: each step has shapes of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.export can't take the loop over `live`
+        return torch.jit.script(network.eval())
 
 
 def _as_product(
@@ -143,7 +199,7 @@ class SileroVad:
 
     def load(self, device: str) -> None:
         self._device = device
-        self._network = Network(_read_weights(self.path or _packaged(), device))
+        self._network = scripted(Network(_read_weights(self.path or _packaged(), device)))
 
     # A stream
 
@@ -172,51 +228,32 @@ class SileroVad:
     def step(
         self, states: dict[str, torch.Tensor], inputs: Sequence[Frames]
     ) -> tuple[dict[str, torch.Tensor], list[list[dict[str, float]]], list[bool]]:
+        # The longest first, so that those with a frame number t are always the first `live[t]`.
+        order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+        inputs = [inputs[i] for i in order]
         counts = [len(frames) for frames in inputs]
         ends = np.cumsum(counts)
-        starts = torch.from_numpy(ends - counts).to(self._device)
+        firsts = torch.from_numpy(ends - counts).to(self._device)
         lasts = torch.from_numpy(ends - 1).to(self._device)
+        live = [bisect_left(counts, -number, key=neg) for number in range(counts[0])]
+        rows = torch.tensor(order, device=self._device)
         samples = torch.from_numpy(np.concatenate(inputs)).to(self._device).float().div_(32768.0)  # [N, 512]
-        tails = samples[:, -CONTEXT:]
-        context = tails.roll(1, 0).index_copy_(0, starts, states["context"])
-        gates = self._network.gates(torch.cat([context, samples], 1))
-        hiddens, hidden, cell = self._advance_all(gates, starts, counts, states)
-        speech = self._network.probability(hiddens).tolist()
-        outputs, at = [], 0
-        for first, count in zip(states["frame"].tolist(), counts, strict=True):
-            outputs.append([_result(first + i, speech[at + i]) for i in range(count)])
-            at += count
+        before = (states["context"][rows], states["hidden"][rows], states["cell"][rows])
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined,unused-ignore]
+            speech, context, hidden, cell = self._network(samples, before, (firsts, lasts), live)
+        back = rows.argsort()
+        speeches, frames_before = speech.tolist(), states["frame"].tolist()
+        outputs: list[list[dict[str, float]]] = [[] for _ in inputs]
+        for row, at, count in zip(order, (ends - counts).tolist(), counts, strict=True):
+            frame = frames_before[row]
+            outputs[row] = [_result(frame + i, speeches[at + i]) for i in range(count)]
         after = {
-            "frame": states["frame"] + torch.tensor(counts, device=self._device),
-            "context": tails[lasts],
-            "hidden": hidden,
-            "cell": cell,
+            "frame": states["frame"] + torch.tensor([len(part) for part in outputs], device=self._device),
+            "context": context[back],
+            "hidden": hidden[back],
+            "cell": cell[back],
         }
         return after, outputs, [False] * len(inputs)
-
-    def _advance_all(
-        self, gates: torch.Tensor, starts: torch.Tensor, counts: list[int], states: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The cell over each sequence's frames, all sequences abreast: hidden [N, 128] of every frame,
-        hidden and cell [B, 128] after the last."""
-        hidden, cell = states["hidden"], states["cell"]
-        if len(gates) == len(counts):  # one frame each
-            hidden, cell = self._network.advance(gates, hidden, cell)
-            return hidden, hidden, cell
-        hiddens = gates.new_empty(len(gates), CELL)
-        # The longest first, so that those with a frame number t are always the first `live`.
-        order = sorted(range(len(counts)), key=lambda i: -counts[i])
-        rows = torch.tensor(order, device=self._device)
-        starts, hidden, cell = starts[rows], hidden[rows], cell[rows]
-        live = len(order)
-        for t in range(counts[order[0]]):
-            while counts[order[live - 1]] <= t:
-                live -= 1
-            at = starts[:live] + t
-            hidden[:live], cell[:live] = self._network.advance(gates[at], hidden[:live], cell[:live])
-            hiddens[at] = hidden[:live]
-        back = rows.argsort()
-        return hiddens, hidden[back], cell[back]
 
     # /predict
 
