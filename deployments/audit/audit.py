@@ -21,7 +21,7 @@ from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 PHASES = "deployments.audit.phases"
 ORDERS = 3
 """Fresh processes that begin with another call each."""
-SHARES = {"threads": 0.25, "copies": 0.12, "cold": 0.1, "measured": 0.05}
+SHARES = {"threads": 0.25, "copies": 0.12, "cold": 0.1, "orders": 0.05, "batches": 0.1, "measured": 0.05}
 """Of the budget, for searching; a third goes into starting processes and loading the model in each."""
 GRACE_S = 20.0
 """For a phase beyond its share: loading, warming up, a trial that has begun."""
@@ -81,8 +81,9 @@ class Audit:
         jobs: list[tuple[str, str, tuple[Any, ...]]] = [
             (kind, kind, (self.seed, SHARES[kind] * self.budget_s)) for kind in ("threads", "copies", "cold")
         ]
-        jobs[1:1] = [(f"orders {n}", "orders", (n % calls,)) for n in range(ORDERS)]
-        jobs.append(("batches", "batches", ()))
+        orders_s = SHARES["orders"] * self.budget_s
+        jobs[1:1] = [(f"orders {n}", "orders", (n % calls, orders_s)) for n in range(ORDERS)]
+        jobs.append(("batches", "batches", (SHARES["batches"] * self.budget_s,)))
         with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 2)))) as pool:
             running = {name: pool.submit(self._phase, phase, *arguments) for name, phase, arguments in jobs}
             return {name: job.result() for name, job in running.items()}

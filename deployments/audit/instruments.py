@@ -68,7 +68,19 @@ class _Lines:
         return self._on_line
 
 
-_NO_MODELS = ("torch", "numpy", "PIL", "msgspec", "sympy", "mpmath", "networkx", "_pytest", "pluggy")
+_NO_MODELS = (
+    "torch",
+    "numpy",
+    "PIL",
+    "msgspec",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "_pytest",
+    "hypothesis",
+    "pluggy",
+)
 """Packages that are nobody's model: their lines would be points, hundreds of them."""
 _LIBRARIES = tuple(
     str(Path(folder)) + "/"
@@ -76,7 +88,7 @@ _LIBRARIES = tuple(
         sysconfig.get_path("stdlib"),
         sysconfig.get_path("platstdlib"),
         str(Path(__file__).parent),
-        str(Path(__file__).parents[1] / "runtime"),
+        *(str(Path(__file__).parents[1] / ours) for ours in ("core", "engine", "runtime")),
     }
 )
 """Neither is the standard library, nor what calls the model. Other packages may be."""

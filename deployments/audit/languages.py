@@ -13,8 +13,8 @@ from deployments.engine.blocks import BlockPool
 from deployments.engine.engine import Engine
 from deployments.engine.scheduler import EngineLimits
 
-TOKENS = 3
-"""Generated of each prompt: one prefill and two decodes."""
+TOKENS = 2
+"""Generated of each prompt: one prefill and one decode; what they keep shows in the second."""
 UNITS = 512
 """KV memory of a call's sequences, tokens each."""
 

@@ -85,8 +85,10 @@ def replay(say: Say, target: Target, kind: str, trial: dict[str, Any]) -> dict[s
     return None if found is None else found.as_json()
 
 
-def orders(say: Say, target: Target, first: int) -> list[list[tuple[int, str]]]:
-    """Answers of the calls in an order that begins with call `first`: (call, digest), warm-up apart."""
+def orders(say: Say, target: Target, first: int, seconds: float) -> list[list[tuple[int, str]]]:
+    """Answers of the calls in an order that begins with call `first`: (call, digest), warm-up apart. One
+    round at least, more while there is time.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     subject = load(target)
@@ -102,11 +104,12 @@ def orders(say: Say, target: Target, first: int) -> list[list[tuple[int, str]]]:
         for _ in range(WARM_UPS):
             ask(number)
     warm, answers = answers, []
-    for _ in range(2):
-        for number in (*order, *reversed(order)):
+    deadline = time.monotonic() + seconds
+    for number in (*order, *reversed(order)):
+        ask(number)
+    for number in (*order, *reversed(order), *(order[:1] * REPEATS)):
+        if time.monotonic() < deadline:
             ask(number)
-    for _ in range(REPEATS):
-        ask(order[0])
     return [warm, answers]
 
 
@@ -115,11 +118,14 @@ def calls_of_fresh(target: Target) -> list[Batch]:
     return calls_of(load(target))
 
 
-def batches(say: Say, target: Target) -> dict[str, Property]:
+def batches(say: Say, target: Target, seconds: float) -> dict[str, Property]:
     """`batch_invariant` and `padding_invariant`."""
     torch.set_num_threads(1)
     subject, calls = _loaded(target)
-    crowds = Crowds(subject, is_random=_is_random(subject, calls))
+    deadline = time.monotonic() + seconds
+    crowds = Crowds(
+        subject, is_random=_is_random(subject, calls), has_time=lambda: time.monotonic() < deadline
+    )
     say("batch_invariant")
     mates = crowds.check_mates()
     say("padding_invariant")

@@ -112,6 +112,7 @@ class Races:
         self._calls: Sequence[Call] = calls() if callable(calls) else list(calls)
         self._reseeds, self._one_each = reseeds, one_each
         self._alone: dict[tuple[int, Instruments], tuple[Any, int]] = {}
+        self._plain: dict[int, Ended] = {}
         self.runs = 0
         self.on_trial: Callable[[Trial], None] = lambda trial: None
 
@@ -179,15 +180,29 @@ class Races:
         except Stuck as stuck:
             return Finding(trial, 0, f"waits for ever: a deadlock, {stuck}", turns.points)
         firsts = [snapshot(end.value) for end in ended]
-        again = [
-            self._again(calls, number, trial.instruments) if self._make is None else Ended(wanted)
-            for number, wanted in zip(trial.calls, expected, strict=True)
-        ]
-        for thread, parts in enumerate(zip(ended, firsts, expected, again, strict=True)):
-            how = _difference(*parts)
+        for thread, number in enumerate(trial.calls):
+            how = _difference(ended[thread], firsts[thread], expected[thread])
+            if not how and self._make is None:
+                how = self._difference_later(number, ended[thread].value, firsts[thread])
             if how:
                 return Finding(trial, thread, how, turns.points)
         return None
+
+    def _difference_later(self, number: int, answer: Any, first: Any) -> str:
+        """How a call made once more, alone and not watched, differs; or what it did to the answer of
+        before.
+        """
+        later = self._made_plain(number)
+        if not same(answer, first):
+            return "gave an answer that changed afterwards: it shares memory with what later calls write"
+        if later.error is not None:
+            raised = f"{type(later.error).__name__}: {later.error}"
+            return f"raised when it was called again, alone: {raised}"[:300]
+        if not same(later.value, self._plain[number].value):
+            return (
+                "gave another answer when it was called again, alone: the overlap spoilt what the model keeps"
+            )
+        return ""
 
     # -- one call ---------------------------------------------------------------------------------------
 
@@ -211,6 +226,8 @@ class Races:
 
     def _reference(self, number: int, instruments: Instruments) -> tuple[Any, int]:
         """(the call's answer alone, its points)."""
+        if number not in self._plain and self._make is None:
+            self._plain[number] = self._made_plain(number)
         known = self._alone.get((number, instruments))
         if known is None:
             calls = self._calls if self._make is None else self._make()
@@ -220,9 +237,14 @@ class Races:
             known = self._alone[number, instruments] = (snapshot(end.value), points)
         return known
 
-    def _again(self, calls: Sequence[Call], number: int, instruments: Instruments) -> Ended:
-        end, _ = self._made_alone(calls, number, instruments)
-        return Ended(snapshot(end.value), end.error)
+    def _made_plain(self, number: int) -> Ended:
+        """As it is served: no pauses, which a large model takes ten times as long with."""
+        if self._reseeds:
+            seed_all(1000 * number)
+        try:
+            return Ended(snapshot(self._calls[number]()))
+        except Exception as error:
+            return Ended(error=error)
 
     def _made_alone(self, calls: Sequence[Call], number: int, instruments: Instruments) -> tuple[Ended, int]:
         turns = Turns(Lockstep(1))
@@ -243,7 +265,7 @@ class Races:
         return list(range(1, points + 1, step))[:most]
 
 
-def _difference(end: Ended, first: Any, wanted: Any, later: Ended) -> str:
+def _difference(end: Ended, first: Any, wanted: Any) -> str:
     """How a call's end differs from the call alone; "" where it does not."""
     if end.error is not None:
         return f"raised {type(end.error).__name__}: {end.error}"[:300]
@@ -251,8 +273,4 @@ def _difference(end: Ended, first: Any, wanted: Any, later: Ended) -> str:
         return "gave another answer than alone"
     if not same(end.value, first):
         return "gave an answer that changed afterwards: it shares memory with what later calls write"
-    if later.error is not None:
-        return f"raised when it was called again, alone: {type(later.error).__name__}: {later.error}"[:300]
-    if not same(later.value, wanted):
-        return "gave another answer when it was called again, alone: the overlap spoilt what the model keeps"
     return ""

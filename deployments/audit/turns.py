@@ -5,6 +5,7 @@ torch, models, what a point is. A thread that waits for a lock reaches no point,
 own clock and state tell it from one that computes, where the wall clock would not on a busy machine.
 """
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from deployments.audit.schedules import Schedule
 
 POLL_S = 0.005
-BLOCKED_AFTER_S = 0.01
+BLOCKED_AFTER_S = 0.03
 """Asleep without CPU time and without a point for so long: it waits for a lock. A call that sleeps looks the
 same, and is then interleaved as the machine likes."""
 STUCK_AFTER_S = 20.0
@@ -69,7 +70,20 @@ class Turns:
         self._all_done = threading.Event()
 
     def run(self, calls: Sequence[Callable[[], Any]]) -> list[Ended]:
-        """Run each call on a thread of its own, thread 0 first; what came of them, in order. Raises Stuck."""
+        """Run each call on a thread of its own, thread 0 first; what came of them, in order. Raises Stuck.
+
+        Garbage is collected before, not meanwhile: it may run anybody's code, at any point of any thread.
+        """
+        gc.collect(0)
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return self._run(calls)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    def _run(self, calls: Sequence[Callable[[], Any]]) -> list[Ended]:
         self._threads = [_Thread(call) for call in calls]
         self._counts = [0] * len(calls)
         for number in range(len(calls)):

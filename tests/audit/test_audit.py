@@ -1,7 +1,6 @@
 """The audit as a whole: fresh processes, the verdict, the command; unsafe files are told from safe ones."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,6 @@ def test_module_of_a_factory_is_audited_with_the_examples_beside_it(
     ("target", "says"),
     [
         ("nowhere.py:Model", "there is no file"),
-        (f"{KINDS}:Nothing", "has no Nothing"),
         ("no_application", "has no application 'no_application'"),
         (f"{KINDS}:Fails", "ValueError: weights are missing"),
     ],
@@ -102,41 +100,24 @@ def test_replay_of_an_unknown_race_says_what_to_do(capsys: pytest.CaptureFixture
 
 # Processes
 
+SMALL_PHASES = "tests.audit.small_phases"
+
 
 def test_phase_gives_its_value_and_what_it_said() -> None:
     said: list[Any] = []
-    outcome = run_phase(f"{__name__}:_says", 3, limit_s=60.0, on_said=said.append)
+    outcome = run_phase(f"{SMALL_PHASES}:says", 3, limit_s=60.0, on_said=said.append)
     assert (outcome.value, said, outcome.error) == ("done", [0, 1, 2], "")
 
 
-def _says(say: Any, count: int) -> str:
-    for number in range(count):
-        say(number)
-    return "done"
-
-
 def test_phase_that_raises_dies_or_hangs_is_told_apart() -> None:
-    raised = run_phase(f"{__name__}:_raises", limit_s=60.0)
+    raised = run_phase(f"{SMALL_PHASES}:raises", limit_s=60.0)
     assert raised.error.startswith("ValueError: wrong")
-    died = run_phase(f"{__name__}:_dies", limit_s=60.0)
+    died = run_phase(f"{SMALL_PHASES}:dies", limit_s=60.0)
     assert (died.died, died.last, died.error) == (True, "about to", "its process ended with SIGABRT")
     began = time.monotonic()
-    hung = run_phase(f"{__name__}:_hangs", limit_s=5.0)
-    assert "longer than 5 s" in hung.error
+    hung = run_phase(f"{SMALL_PHASES}:hangs", limit_s=1.0)
+    assert "longer than 1 s" in hung.error
     assert time.monotonic() - began < 20
-
-
-def _raises(say: Any) -> None:
-    raise ValueError("wrong")
-
-
-def _dies(say: Any) -> None:
-    say("about to")
-    os.abort()
-
-
-def _hangs(say: Any) -> None:
-    time.sleep(60)
 
 
 # What the properties add up to
@@ -245,6 +226,11 @@ def test_report_is_found_by_its_races_and_replaced_by_the_next(report: dict[str,
     report["properties"]["thread_safe"]["evidence"] = []
     assert store.save(report) == first
     assert store.find_race("abc") is None
+
+
+def test_name_that_a_file_has_not_is_told_with_those_that_it_has() -> None:
+    with pytest.raises(ModelClassError, match=r"has no Nothing; it has .*AttentionWithMask"):
+        load(Target(f"{KINDS}:Nothing"))
 
 
 def test_instances_of_one_file_share_its_globals() -> None:

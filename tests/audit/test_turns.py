@@ -1,5 +1,6 @@
 """Threads take turns; locks, errors and ends don't stop the others."""
 
+import gc
 import threading
 
 import pytest
@@ -69,6 +70,19 @@ def test_other_threads_pass_a_pause() -> None:
 
     turns.run([call, call])
     assert [point.what for point in turns.points] == ["ours", "ours"]
+
+
+def test_no_garbage_is_collected_while_threads_take_turns() -> None:
+    turns = Turns(Lockstep(1))
+    seen: list[bool] = []
+
+    def call() -> None:
+        seen.append(gc.isenabled())
+        turns.pause("here")
+
+    turns.run([call, call])
+    assert seen == [False, False]
+    assert gc.isenabled()
 
 
 def test_thread_that_is_slow_to_wake_up_is_not_taken_for_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
