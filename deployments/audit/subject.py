@@ -95,7 +95,8 @@ def load(target: Target) -> Subject:
         return LanguageSubject(found(**target.model_args), target.device)
     if isinstance(found, type) and is_stepwise(found):
         return StepSubject(found, target.model_args, target.device)
-    if isinstance(found, type) and not issubclass(found, torch.nn.Module):
+    is_bare = isinstance(found, type) and issubclass(found, torch.nn.Module) and not hasattr(found, "load")
+    if isinstance(found, type) and not is_bare:
         return BatchSubject(found, target)
     return BatchSubject(ModuleModel.of(found, target.model_args), target)
 

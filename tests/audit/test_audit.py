@@ -239,3 +239,15 @@ def test_instances_of_one_file_share_its_globals() -> None:
     first.call((Input(0),))
     module = type(first.instance).forward.__globals__
     assert module is type(second.instance).forward.__globals__
+
+
+@pytest.mark.parametrize("own", ["    def load(self, device): ...\n", ""])
+def test_module_class_is_audited_with_and_without_load(own: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.py").write_text(
+        "import torch\n"
+        "class Doubles(torch.nn.Module):\n" + own + "    def forward(self, batch): return batch * 2\n"
+        "    def examples(self): return " + ("[[1.0, 2.0]]" if own else "[torch.ones(2)]") + "\n"
+    )
+    subject = load(Target("modules.py:Doubles", folder=str(tmp_path)))
+    ((_, shown),) = subject.call((Input(0),))
+    assert shown == [2.0 * x for x in ([1.0, 2.0] if own else [1.0, 1.0])]
