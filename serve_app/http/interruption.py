@@ -14,10 +14,7 @@ from deployments.core.errors import ServingError
 class Interruption:
     """Cancels the block that it guards and turns that cancel, and no other, into an error."""
 
-    __slots__ = ("_fired", "_kind", "_says", "_task")
-
-    def __init__(self, kind: type[ServingError], says: str) -> None:
-        self._kind, self._says = kind, says
+    __slots__ = ("_fired", "_task")
 
     def __enter__(self) -> None:
         self._fired = False
@@ -33,6 +30,10 @@ class Interruption:
         """Watch no longer: the block has ended."""
         raise NotImplementedError
 
+    def _error(self) -> ServingError:
+        """What to raise; made only when it is, since blocks are as frequent as messages."""
+        raise NotImplementedError
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -46,17 +47,16 @@ class Interruption:
         # Somebody else's cancel that came at the same moment goes first (Python >= 3.11 counts them).
         uncancel = getattr(self._task, "uncancel", None)
         if uncancel is None or uncancel() == 0:
-            raise self._kind(self._says) from None
+            raise self._error() from None
 
 
 class TimeLimit(Interruption):
     """`with TimeLimit(5.0, BodyStalled, "it stopped"):` raises BodyStalled("it stopped for 5 s") inside."""
 
-    __slots__ = ("_timeout_s", "_timer")
+    __slots__ = ("_kind", "_says", "_timeout_s", "_timer")
 
     def __init__(self, timeout_s: float, kind: type[ServingError], says: str) -> None:
-        super().__init__(kind, f"{says} for {timeout_s:g} s")
-        self._timeout_s = timeout_s
+        self._timeout_s, self._kind, self._says = timeout_s, kind, says
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -64,3 +64,6 @@ class TimeLimit(Interruption):
 
     def _stop(self) -> None:
         self._timer.cancel()
+
+    def _error(self) -> ServingError:
+        return self._kind(f"{self._says} for {self._timeout_s:g} s")

@@ -22,7 +22,6 @@ class WhileConnected(Interruption):
     __slots__ = ("_receive", "_watch")
 
     def __init__(self, receive: Receive) -> None:
-        super().__init__(ClientLeft, "the client left before its answer was complete")
         self._receive = receive
 
     def __enter__(self) -> None:
@@ -36,6 +35,9 @@ class WhileConnected(Interruption):
 
     def _stop(self) -> None:
         self._watch.cancel()
+
+    def _error(self) -> ClientLeft:
+        return ClientLeft("the client left before its answer was complete")
 
 
 async def send_within(send: Send, message: Message, timeout_s: float) -> None:
