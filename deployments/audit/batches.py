@@ -7,7 +7,7 @@ blocks rows) is numerical coupling: told, not failed. Source: DESIGN, "The audit
 1e-7 in fp32, up to 7e-3 for a GRU in bf16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ LEAST = 8
 """Pairs of batches, however long they take: a mate swapped, copies, places, sizes and an outlier."""
 SIZE = 4
 LARGE = 8
+
+Pair = tuple[str, Batch, Batch]
+"""What differs, a batch that begins with the item, another that holds it."""
 
 
 class Crowds:
@@ -46,18 +49,9 @@ class Crowds:
         if not subject.can_batch:
             return Property(None, "the model takes one item at a time")
         groups = [self._mates_of(item) for item in (Input(0), *self._unlike())]
-        worst, evidence, tried = 0.0, [], 0
-        for group in groups:
-            for what, one, other in _pairs_of_batches(group):
-                if tried >= LEAST and not self._has_time():
-                    break
-                found = self._compare(what, one, other)
-                if found is None:
-                    continue
-                tried += 1
-                worst = max(worst, found["difference"])
-                if found["difference"] > self.tolerance:
-                    evidence.append(found)
+        tried, worst, evidence = self._compare_all(
+            pair for group in groups for pair in _pairs_of_batches(group)
+        )
         if evidence:
             evidence.sort(key=lambda one: -one["difference"])
             return Property(False, _says(evidence[0]), evidence[:6])
@@ -81,17 +75,12 @@ class Crowds:
         if len(lengths) < 2:
             return Property(None, "the examples all have one length: give examples() of different lengths")
         ordered = [lengths[length] for length in sorted(lengths)]
-        longest, evidence, worst, tried = ordered[-1], [], 0.0, 0
-        for item in ordered[:-1]:
-            if subject.key(item) != subject.key(longest):
-                continue
-            found = self._compare("padded to a longer mate's length", (item, item), (item, longest))
-            if found is None:
-                continue
-            tried += 1
-            worst = max(worst, found["difference"])
-            if found["difference"] > self.tolerance:
-                evidence.append(found)
+        longest = ordered[-1]
+        tried, worst, evidence = self._compare_all(
+            ("padded to a longer mate's length", (item, item), (item, longest))
+            for item in ordered[:-1]
+            if subject.key(item) == subject.key(longest)
+        )
         if evidence:
             return Property(False, _says(evidence[0]), evidence)
         if not tried:
@@ -99,6 +88,23 @@ class Crowds:
         return Property(
             True, f"largest difference {worst:.1g} over {tried} lengths", [{"largest_difference": worst}]
         )
+
+    def _compare_all(self, pairs: Iterable[Pair]) -> tuple[int, float, list[dict[str, Any]]]:
+        """How many pairs could be made, the largest difference, and those beyond the tolerance. LEAST pairs
+        at least, the others while there is time.
+        """
+        tried, worst, evidence = 0, 0.0, []
+        for what, one, other in pairs:
+            if tried >= LEAST and not self._has_time():
+                break
+            found = self._compare(what, one, other)
+            if found is None:
+                continue
+            tried += 1
+            worst = max(worst, found["difference"])
+            if found["difference"] > self.tolerance:
+                evidence.append(found)
+        return tried, worst, evidence
 
     def _unlike(self) -> list[Input]:
         return [
@@ -151,12 +157,12 @@ class Crowds:
         return snapshot(self._subject.call(batch)[index][0])
 
 
-def _pairs_of_batches(mates: Sequence[Input]) -> list[tuple[str, Batch, Batch]]:
-    """(what differs, a batch that begins with the item, another that holds it)."""
+def _pairs_of_batches(mates: Sequence[Input]) -> list[Pair]:
+    """The first of the mates in all kinds of company."""
     item, *others = mates
     outliers = [one for one in others if one.change.startswith("x")]
     plain = [one for one in others if one not in outliers]
-    pairs: list[tuple[str, Batch, Batch]] = []
+    pairs: list[Pair] = []
     base = plain[:1] or [item]
     for outlier in outliers[:2]:
         pairs += [

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Pause = Callable[[str], None]
+OnOperator = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 class Instruments(Flag):
@@ -35,7 +36,7 @@ def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
         sys.settrace(_Lines(pause).on_call)
     try:
         if Instruments.OPERATORS in instruments:
-            with _Operators(pause):
+            with OperatorWatch(lambda func, args, kwargs: pause(str(func))):
                 yield
         else:
             yield
@@ -43,16 +44,19 @@ def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
         sys.settrace(before)
 
 
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, pause: Pause) -> None:
+class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """`on_operator(func, args, kwargs)` before each operator of the block, in this thread."""
+
+    def __init__(self, on_operator: OnOperator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._pause = pause
+        self._on_operator = on_operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self._pause(str(func))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self._on_operator(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
 class _Lines:
@@ -110,5 +114,15 @@ def is_own(filename: str) -> bool:
 
 def prepare() -> None:
     """What torch imports at its first watched operator is imported now, not inside of a trial."""
-    with _Operators(lambda what: None):
+    with OperatorWatch(lambda func, args, kwargs: None):
         torch.zeros(1).add_(1)
+
+
+def place_of_caller() -> str:
+    """The nearest line of the model's own code that leads here, as file:line."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if is_own(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "a scripted module"

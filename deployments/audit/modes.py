@@ -13,10 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deployments.audit.findings import Property
-from deployments.audit.randomness import place_of_caller
+from deployments.audit.instruments import OperatorWatch, place_of_caller
 from deployments.runtime.modules import modules_of
 
 BATCH_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"}
@@ -41,13 +40,7 @@ def check(instance: Any, call: Callable[[], Any]) -> Property:
         elif isinstance(module, _BatchNorm) and module.running_mean is None:
             what = "BatchNorm without running statistics: it normalises by the batch it is in"
             evidence.append({"module": name, "type": type(module).__name__, "what": what})
-    named = {one["type"] for one in evidence}
-    watcher = _Operators()
-    with watcher:
-        call()
-    evidence += [one for one in watcher.found if not named & one["layers"]]
-    for one in evidence:
-        one.pop("layers", None)
+    evidence += _seen_in(call, {one["type"] for one in evidence})
     if not evidence:
         return Property(True, f"{len(modules)} modules, none in a mode for training", [])
     first = evidence[0]
@@ -63,7 +56,7 @@ def cares(module: nn.Module) -> bool:
     if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         return module.dropout > 0
     if isinstance(module, torch.jit.ScriptModule):
-        return _names_training(getattr(module, "code", ""))
+        return "training" in str(getattr(module, "code", ""))
     # Spectral norm of the old kind is a hook that iterates in training.
     if any(hasattr(type(hook), "compute_weight") for hook in module._forward_pre_hooks.values()):
         return True
@@ -73,31 +66,25 @@ def cares(module: nn.Module) -> bool:
     return code is not None and "training" in code.co_names
 
 
-def _names_training(code: Any) -> bool:
-    return "training" in str(code)
+def _seen_in(call: Callable[[], Any], named: set[str]) -> list[dict[str, Any]]:
+    """Batch statistics and dropout in one call, whoever asks for them; not those of layers named already."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
 
-
-class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Batch statistics and dropout, whoever asks for them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[dict[str, Any]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = _arguments(func, args, kwargs or {})
-        if "batch_norm" in str(func) and given.get("training") and "instance_norm" not in _torch_callers():
-            self._note("normalised by the statistics of the batch it is in", BATCH_NORMS)
-        elif _drops(func, given):
-            self._note("dropout is on", DROPOUTS)
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, what: str, layers: set[str]) -> None:
+    def note(what: str) -> None:
         at = place_of_caller()
-        if not any((one["at"], one["what"]) == (at, what) for one in self.found):
-            self.found.append({"at": at, "what": what, "layers": layers})
+        found[at, what] = {"at": at, "what": what}
+
+    def look(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = _arguments(func, args, kwargs)
+        if "batch_norm" in str(func) and given.get("training") and "instance_norm" not in _torch_callers():
+            if not named & BATCH_NORMS:
+                note("normalised by the statistics of the batch it is in")
+        elif _drops(func, given) and not named & DROPOUTS:
+            note("dropout is on")
+
+    with OperatorWatch(look):
+        call()
+    return list(found.values())
 
 
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

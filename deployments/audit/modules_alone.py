@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from deployments.runtime.model_class import ModelClassError
-from deployments.runtime.tensors import map_tensors
 
 
 class ModuleModel:
@@ -42,7 +41,7 @@ class ModuleModel:
         if not isinstance(self.net, torch.nn.Module):
             raise ModelClassError(f"{type(self).__name__} gave a {type(self.net).__name__}, not an nn.Module")
         self.net.to(device)
-        self._examples = [map_tensors(example, lambda t: t) for example in self._find_examples()]
+        self._examples = self._find_examples()
 
     def _find_examples(self) -> list[Any]:
         source = type(self).source  # type: ignore[attr-defined]

@@ -5,18 +5,16 @@ models one drew so rarely that fewer saw nothing.
 """
 
 import random
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deployments.audit.findings import Property
-from deployments.audit.instruments import is_own
+from deployments.audit.instruments import OperatorWatch, place_of_caller
 from deployments.audit.sameness import same, snapshot
-from deployments.runtime.modules import _parts_of
+from deployments.runtime.modules import parts_of
 
 Call = Callable[[], Any]
 
@@ -107,7 +105,7 @@ def _of_own_source(fresh: Callable[[], Call], draws: list[dict[str, Any]], call:
 
 def _generators_of(call: Call) -> list[str]:
     instance = getattr(call, "instance", None)
-    parts = list(_parts_of(instance)) if instance is not None else []
+    parts = list(parts_of(instance)) if instance is not None else []
     return [
         name
         for name, part in parts
@@ -117,32 +115,14 @@ def _generators_of(call: Call) -> list[str]:
 
 def draws_of(call: Call) -> list[dict[str, Any]]:
     """The random operators of one call, each place once."""
-    watcher = _Draws()
-    with watcher:
-        call()
-    return list({(d["operator"], d["at"]): d for d in watcher.found}.values())[:8]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
 
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[dict[str, Any]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def note(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             own = any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
-            self.found.append({"operator": str(func), "at": place_of_caller(), "own_generator": own})
-        return func(*args, **kwargs)
+            name, at = str(func), place_of_caller()
+            found[name, at] = {"operator": name, "at": at, "own_generator": own}
 
-
-def place_of_caller() -> str:
-    """The nearest line of the model's own code that leads here, as file:line, with torch's module if any."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if is_own(frame.f_code.co_filename):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "a scripted module"
+    with OperatorWatch(note):
+        call()
+    return list(found.values())[:8]

@@ -15,7 +15,7 @@ import torch
 
 def snapshot(value: Any) -> Any:
     """A copy that shares no memory with `value`."""
-    return _mapped(value, torch.Tensor.clone, np.copy)
+    return mapped(value, torch.Tensor.clone, np.copy)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -49,17 +49,18 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _mapped(value: Any, on_tensor: Callable[[Any], Any], on_array: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, on_tensor: Callable[[Any], Any], on_array: Callable[[Any], Any]) -> Any:
+    """The same structure with each tensor and numpy array replaced."""
     if isinstance(value, torch.Tensor):
         return on_tensor(value)
     if isinstance(value, np.ndarray):
         return on_array(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(part, on_tensor, on_array) for key, part in value.items()}
+        return {key: mapped(part, on_tensor, on_array) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(part, on_tensor, on_array) for part in value))
+        return type(value)(*(mapped(part, on_tensor, on_array) for part in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(part, on_tensor, on_array) for part in value)
+        return type(value)(mapped(part, on_tensor, on_array) for part in value)
     return value
 
 

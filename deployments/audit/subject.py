@@ -19,11 +19,13 @@ import torch
 
 from deployments.audit.languages import LanguageSubject
 from deployments.audit.modules_alone import ModuleModel
+from deployments.audit.sameness import mapped
 from deployments.audit.steps import StepSubject
 from deployments.audit.target import Batch, Input, Target
 from deployments.runtime import tensors
 from deployments.runtime.adapter import Adapter, ModelClassError
 from deployments.runtime.fronts import is_language_model
+from deployments.runtime.model_class import declared_by
 from deployments.runtime.stepwise_class import is_stepwise
 
 
@@ -145,7 +147,9 @@ def _import(name: str, target: Target) -> ModuleType:
 
 def _made_up(adapter: Adapter) -> list[Any]:
     """Items from the declared inputs, of a class without examples(): numbers of shape [8] where it varies."""
-    if not adapter._has_inputs or any(spec.datatype == "BYTES" for spec in adapter.inputs):
+    if declared_by(adapter.model, "inputs") is None or any(
+        spec.datatype == "BYTES" for spec in adapter.inputs
+    ):
         raise ModelClassError(
             f"{adapter.name} has no examples(): add `def examples(self)` with two or three items, of "
             "different lengths where lengths vary; the audit calls the model with them"
@@ -169,7 +173,7 @@ def _made_up(adapter: Adapter) -> list[Any]:
 
 def _times(value: Any, factor: float) -> Any:
     """Floats times `factor`; whole numbers stay: they name things."""
-    return _mapped(value, lambda array: array * factor if array.is_floating_point() else array)
+    return _changed(value, lambda array: array * factor if array.is_floating_point() else array)
 
 
 def _other(value: Any) -> Any:
@@ -186,23 +190,16 @@ def _other(value: Any) -> Any:
         order = torch.randperm(array.numel(), generator=source)
         return array.reshape(-1)[order].reshape(array.shape)
 
-    return _mapped(value, change)
+    return _changed(value, change)
 
 
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return change(torch.from_numpy(value)).numpy()
-    if isinstance(value, np.ndarray):
-        return value
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(part, change) for name, part in value.items()}
-    if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
-        return value
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_mapped(part, change) for part in value)
-    return value
+def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Every tensor, and every array of numbers, changed."""
+
+    def on_array(array: Any) -> Any:
+        return change(torch.from_numpy(array)).numpy() if array.dtype.kind in "biuf" else array
+
+    return mapped(value, change, on_array)
 
 
 CHANGES: Mapping[str, Callable[[Any], Any]] = {

@@ -27,7 +27,7 @@ def modules_of(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
         name, value = waiting.popleft()
         if isinstance(value, torch.nn.Module):
             yield name, value
-        for suffix, part in _parts_of(value):
+        for suffix, part in parts_of(value):
             if isinstance(part, _LEAVES) or id(part) in seen:
                 continue
             if len(seen) >= MAX_OBJECTS:
@@ -36,7 +36,8 @@ def modules_of(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
             waiting.append((name + suffix, part))
 
 
-def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """(suffix, part) of what a value holds itself: entries, submodules, attributes."""
     if isinstance(value, Mapping):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, (list, tuple)):
