@@ -15,7 +15,7 @@ from typing import Any
 
 from deployments.audit.findings import PROPERTIES, Property
 from deployments.audit.process import Outcome, run_phase
-from deployments.audit.target import LEAST_TRIALS, Target
+from deployments.audit.target import LEAST_TRIALS, Batch, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 
 PHASES = "deployments.audit.phases"
@@ -47,8 +47,9 @@ class Audit:
         first = self._phase("alone")
         if first.error:
             raise AuditFailed(first.error)
-        alone = first.value
-        found = self._others(len(alone["calls"]))
+        calls: list[Batch] = first.value["batches"]
+        alone = {**first.value, "calls": [[str(item) for item in batch] for batch in calls]}
+        found = self._others(calls)
         properties = {
             "thread_safe": self._race(found["threads"], "threads", alone),
             "cold_start_safe": self._race(found["cold"], "cold", alone),
@@ -58,6 +59,7 @@ class Audit:
             "deterministic": alone["deterministic"],
             "eval_mode": alone["eval_mode"],
         }
+        properties = with_history(properties)
         self.progress("measured: memory and speed-ups, alone on the machine")
         costs = self._phase(
             "measured", SHARES["measured"] * self.budget_s, properties["thread_safe"].holds is True
@@ -77,12 +79,12 @@ class Audit:
             "took_s": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
-    def _others(self, calls: int) -> dict[str, Outcome]:
+    def _others(self, calls: list[Batch]) -> dict[str, Outcome]:
         jobs: list[tuple[str, str, tuple[Any, ...]]] = [
             (kind, kind, (self.seed, SHARES[kind] * self.budget_s)) for kind in ("threads", "copies", "cold")
         ]
         orders_s = SHARES["orders"] * self.budget_s
-        jobs[1:1] = [(f"orders {n}", "orders", (n % calls, orders_s)) for n in range(ORDERS)]
+        jobs[1:1] = [(f"orders {n}", "orders", (calls, n % len(calls), orders_s)) for n in range(ORDERS)]
         jobs.append(("batches", "batches", (SHARES["batches"] * self.budget_s,)))
         with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 2)))) as pool:
             running = {name: pool.submit(self._phase, phase, *arguments) for name, phase, arguments in jobs}
@@ -147,7 +149,7 @@ def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Propert
     total = 0
     for process, outcome in enumerate(outcomes):
         previous = "warm-up"
-        for call, answer in outcome.value[1]:
+        for call, answer in outcome.value:
             total += 1
             seen.setdefault(call, {}).setdefault(answer, f"process {process + 1}, after {previous}")
             previous = " + ".join(alone["calls"][call])
@@ -165,6 +167,24 @@ def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Propert
         f"{name} got {len(answers)} different answers, depending on what came before{_at(alone)}",
         evidence,
     )
+
+
+def with_history(properties: Mapping[str, Property]) -> dict[str, Property]:
+    """Where answers depend on earlier calls, they depend on those of other threads; whether on those of other
+    instances, too, overlaps can't tell from what came before.
+    """
+    known = dict(properties)
+    history = known["order_independent"]
+    if history.holds is not False:
+        return known
+    for name in ("thread_safe", "cold_start_safe"):
+        if known[name].holds:
+            known[name] = Property(
+                False, "answers depend on earlier calls, of other threads too", history.evidence
+            )
+    if known["copy_safe"].holds:
+        known["copy_safe"] = Property(None, "answers depend on earlier calls, perhaps of other instances")
+    return known
 
 
 def _batch_properties(outcome: Outcome) -> dict[str, Property]:

@@ -52,7 +52,7 @@ def alone(say: Say, target: Target) -> dict[str, Any]:
         "eval_mode": eval_mode,
         "writes": [write.as_json() for write in writes],
         "first_writes": [write.as_json() for write in firsts if write not in writes],
-        "calls": [[str(item) for item in batch] for batch in calls],
+        "batches": calls,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
@@ -85,14 +85,16 @@ def replay(say: Say, target: Target, kind: str, trial: dict[str, Any]) -> dict[s
     return None if found is None else found.as_json()
 
 
-def orders(say: Say, target: Target, first: int, seconds: float) -> list[list[tuple[int, str]]]:
-    """Answers of the calls in an order that begins with call `first`: (call, digest), warm-up apart. One
-    round at least, more while there is time.
+def orders(say: Say, target: Target, calls: list[Batch], first: int, seconds: float) -> list[tuple[int, str]]:
+    """Answers of the calls in an order that begins with call `first`: (call, digest), each warmed up just
+    before. One round and back at least, more while there is time.
+
+    calls: found by another process; here none is made before the first, since what it leaves may saturate
+    (the largest value seen).
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     subject = load(target)
-    calls = calls_of_fresh(target)
     order = [(first + number) % len(calls) for number in range(len(calls))]
     answers: list[tuple[int, str]] = []
 
@@ -102,20 +104,15 @@ def orders(say: Say, target: Target, first: int, seconds: float) -> list[list[tu
 
     for number in order:
         for _ in range(WARM_UPS):
-            ask(number)
-    warm, answers = answers, []
-    deadline = time.monotonic() + seconds
-    for number in (*order, *reversed(order)):
+            subject.call(calls[number])
         ask(number)
+    for number in reversed(order):
+        ask(number)
+    deadline = time.monotonic() + seconds
     for number in (*order, *reversed(order), *(order[:1] * REPEATS)):
         if time.monotonic() < deadline:
             ask(number)
-    return [warm, answers]
-
-
-def calls_of_fresh(target: Target) -> list[Batch]:
-    """The calls, found with another instance than the one whose history counts."""
-    return calls_of(load(target))
+    return answers
 
 
 def batches(say: Say, target: Target, seconds: float) -> dict[str, Property]:

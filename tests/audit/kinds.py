@@ -213,6 +213,14 @@ class GlobalMaximum(Kind):
         return self.net(x) / SEEN["largest"]
 
 
+class LargestSeenOnSelf(Kind):
+    largest = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.largest = max(self.largest, float(x.abs().max()))
+        return self.net(x) / self.largest
+
+
 class ClassAttribute(Kind):
     shared: Any = None
 
@@ -675,6 +683,7 @@ TRUTH: dict[type, set[str]] = {
     RingOfThree: RACES,
     GlobalDict: SHARED,
     GlobalMaximum: {*SHARED, "order_independent", "batch_invariant"},
+    LargestSeenOnSelf: {*RACES, "order_independent", "batch_invariant"},
     ClassAttribute: SHARED,
     ClosureKept: SHARED,
     LruCacheOfPureTable: set(),

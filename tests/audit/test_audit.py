@@ -9,8 +9,9 @@ import pytest
 
 from deployments.audit import report as reports
 from deployments.audit import store
-from deployments.audit.audit import compare_orders
+from deployments.audit.audit import compare_orders, with_history
 from deployments.audit.findings import PROPERTIES, Property
+from deployments.audit.phases import orders
 from deployments.audit.process import Outcome, run_phase
 from deployments.audit.subject import calls_of, load
 from deployments.audit.target import Input, Target
@@ -161,13 +162,30 @@ def test_words_are_never_plain_safe() -> None:
 
 def test_answer_that_follows_the_order_of_calls_is_found_across_processes() -> None:
     alone = {"calls": [["examples()[0]"], ["examples()[1]"]], "writes": [], "first_writes": []}
-    same = [Outcome([[], [(0, "a"), (1, "b")]]), Outcome([[], [(1, "b"), (0, "a")]])]
+    same = [Outcome([(0, "a"), (1, "b")]), Outcome([(1, "b"), (0, "a")])]
     assert compare_orders(same, alone).holds is True
-    other = [Outcome([[], [(0, "a"), (1, "b")]]), Outcome([[], [(1, "c"), (0, "a")]])]
+    other = [Outcome([(0, "a"), (1, "b")]), Outcome([(1, "c"), (0, "a")])]
     found = compare_orders(other, alone)
     assert found.holds is False
     assert found.evidence[0]["answers"] == 2
     assert compare_orders([Outcome(error="it died")], alone).holds is None
+
+
+def test_largest_value_seen_is_history_though_it_saturates() -> None:
+    target = Target(f"{KINDS}:LargestSeenOnSelf")
+    calls = calls_of(load(target))
+    outlier = next(n for n, batch in enumerate(calls) if batch[0].change == "x-100")
+    outcomes = [Outcome(orders(lambda said: None, target, calls, first, 0.0)) for first in (0, outlier)]
+    alone = {"calls": [[str(item) for item in batch] for batch in calls], "writes": [], "first_writes": []}
+    assert compare_orders(outcomes, alone).holds is False
+
+
+def test_history_of_calls_is_history_of_other_threads_calls() -> None:
+    found = with_history(properties("order_independent"))
+    assert (found["thread_safe"].holds, found["cold_start_safe"].holds) == (False, False)
+    assert found["copy_safe"].holds is None
+    assert found["batch_invariant"].holds is True
+    assert with_history(properties("copy_safe")) == properties("copy_safe")
 
 
 def test_every_property_has_a_question_and_a_cure() -> None:
