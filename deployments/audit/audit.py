@@ -170,8 +170,8 @@ def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Propert
 
 
 def with_history(properties: Mapping[str, Property]) -> dict[str, Property]:
-    """Where answers depend on earlier calls, they depend on those of other threads; whether on those of other
-    instances, too, overlaps can't tell from what came before.
+    """Where answers depend on earlier calls, they depend on those of other threads; whether on other
+    instances' or on batch-mates, too, can't be told from what came before.
     """
     known = dict(properties)
     history = known["order_independent"]
@@ -182,8 +182,9 @@ def with_history(properties: Mapping[str, Property]) -> dict[str, Property]:
             known[name] = Property(
                 False, "answers depend on earlier calls, of other threads too", history.evidence
             )
-    if known["copy_safe"].holds:
-        known["copy_safe"] = Property(None, "answers depend on earlier calls, perhaps of other instances")
+    for name in ("copy_safe", "batch_invariant", "padding_invariant"):
+        if known[name].holds:
+            known[name] = Property(None, "can't be told apart: answers depend on earlier calls anyway")
     return known
 
 
