@@ -12,6 +12,7 @@ from deployments.core.generation import Sampling
 from deployments.engine.blocks import BlockPool
 from deployments.engine.engine import Engine
 from deployments.engine.scheduler import EngineLimits
+from deployments.runtime.optimise.apply import apply
 
 TOKENS = 2
 """Generated of each prompt: one prefill and one decode; what they keep shows in the second."""
@@ -23,8 +24,9 @@ class LanguageSubject:
     can_batch = True
     pads = False
 
-    def __init__(self, model: Any, device: str) -> None:
+    def __init__(self, model: Any, device: str, optimise: Sequence[str] = ()) -> None:
         model.load(device)
+        apply(model, optimise, device)
         self.instance, self._model = model, model
         self.examples: Sequence[Any] = model.examples()
 

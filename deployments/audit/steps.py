@@ -4,11 +4,12 @@ Owns: that loop. Must not know: schedules, properties. Our own runner keeps rows
 class itself is asked, so states are stacked and cut in the plainest way.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 
+from deployments.audit.target import Target
 from deployments.runtime.stepwise import StepModel
 
 MAX_STEPS = 12
@@ -21,9 +22,9 @@ class StepSubject:
     can_batch = True
     pads = False
 
-    def __init__(self, model_class: type, model_args: Mapping[str, Any], device: str) -> None:
-        self._model = StepModel(model_class, model_args)
-        self._model.load(device, slots=8)
+    def __init__(self, model_class: type, target: Target) -> None:
+        self._model = StepModel(model_class, target.model_args, target.optimise)
+        self._model.load(target.device, slots=8)
         self.instance = self._model.model
         self.examples: Sequence[Any] = self._model.examples()
 

@@ -61,7 +61,7 @@ class BatchSubject:
     can_batch = True
 
     def __init__(self, model_class: type, target: Target) -> None:
-        self._adapter = Adapter(model_class, target.model_args)
+        self._adapter = Adapter(model_class, target.model_args, target.optimise)
         self._adapter.load(target.device)
         self.instance = self._adapter.model
         self.pads = getattr(self.instance, "collate", None) is not None
@@ -94,9 +94,9 @@ def load(target: Target) -> Subject:
     """Import, make and load the model; raises ModelClassError, or what the model raises."""
     found = find(target)
     if isinstance(found, type) and is_language_model(found):
-        return LanguageSubject(found(**target.model_args), target.device)
+        return LanguageSubject(found(**target.model_args), target.device, target.optimise)
     if isinstance(found, type) and is_stepwise(found):
-        return StepSubject(found, target.model_args, target.device)
+        return StepSubject(found, target)
     is_bare = isinstance(found, type) and issubclass(found, torch.nn.Module) and not hasattr(found, "load")
     if isinstance(found, type) and not is_bare:
         return BatchSubject(found, target)

@@ -10,12 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """model: "module:Name", or "path/to/file.py:Name"; folder: where modules and relative paths lie."""
+    """model: "module:Name", or "path/to/file.py:Name"; folder: where modules and relative paths lie.
+
+    optimise: variants that are applied after load, names of core/variants.py.
+    """
 
     model: str
     model_args: Mapping[str, Any] = field(default_factory=dict)
     folder: str = "."
     device: str = "cpu"
+    optimise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

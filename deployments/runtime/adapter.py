@@ -11,6 +11,7 @@ Besides the contract's methods a class may have these, as attributes or methods:
     embeds = True                     one item in, one float vector out: /v1/embeddings fits
     cost_unit = "tokens"              what cost() counts
     max_batch_cost = 4096             its default bound on a batch, in that unit
+    optimise(variant) -> bool         after load: apply one of core/variants.py its own way; False: ours
     pads = True                       collate pads: batch-mates of like cost() are preferred
     warning(example)                  -> (type, message) or None: what was done to the item
     to_tensors(output)                -> {output name: array or list of str}, for /v2
@@ -20,6 +21,7 @@ Two examples() of different length say that a dimension may vary; one says that 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ from deployments.runtime.model_class import (
     parse_specs,
     positive_number,
 )
+from deployments.runtime.optimise.apply import apply
+
+CALL_SIZES = (1, 2, 8)
+"""Of the batches that variants are recorded with: one, the least of several, several."""
 
 __all__ = ["Adapter", "ModelClassError", "is_out_of_memory", "load_class"]
 
@@ -46,14 +52,16 @@ class Adapter:
 
     `load`, `collate`, `forward`, `split` and `forward_batch` belong to the model thread; the rest
     is called from any thread, and as safely as the user's own methods are. Raises ModelClassError
-    at once where the class can't be right.
+    at once where the class can't be right. optimise: variants to apply at load.
     """
 
-    def __init__(self, model_class: type, model_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model_class: type, model_args: Mapping[str, Any], optimise: Sequence[str] = ()
+    ) -> None:
         check_class(model_class, model_args)
         self.name = model_class.__name__
         self.max_batch_cost: float | None = None
-        self._class, self._args = model_class, dict(model_args)
+        self._class, self._args, self._optimise = model_class, dict(model_args), tuple(optimise)
         self._model: Any = None
         self._device = "cpu"
         self._examples: list[Any] = []
@@ -102,6 +110,17 @@ class Adapter:
             check_embeds(self.outputs, self.name)
         self._examples = user_code.examples_of(self._model)
         self._example_dims = self._dims_of_examples()
+        if self._optimise:
+            with on_device(device):
+                apply(model, self._optimise, device, self._calls())
+
+    def _calls(self) -> list[Callable[[], Any]]:
+        """Forwards of each example alone and several times, to record and calibrate variants with."""
+        examples = [self.preprocess(item) for item in self._examples]
+        batches = [[example] * n for n in CALL_SIZES for example in examples]
+        if self._collate is not None and len(examples) > 1:
+            batches.append(examples)
+        return [partial(self.forward_batch, batch) for batch in batches]
 
     def _dims_of_examples(self) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
         """Shape that all examples share, -1 where they differ; None: nothing to compare with."""

@@ -19,6 +19,7 @@ from deployments.engine.sequence import Runner, Sequence
 from deployments.engine.stream import Chunks
 from deployments.runtime.language import LanguageModel
 from deployments.runtime.memory import kv_bytes
+from deployments.runtime.optimise.apply import apply
 from deployments.runtime.stepwise import StepModel
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ class LanguageFront:
     holds = False
     chunks: Chunks | None = None
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+    def __init__(self, model: LanguageModel, optimise: Values[str] = ()) -> None:
+        self._model, self._optimise = model, tuple(optimise)
         self._runner: Any = None
 
     @property
@@ -134,6 +135,7 @@ class LanguageFront:
     def load(self, place: Place, limits: Limits) -> tuple[Engine, Runner]:
         model = self._model
         model.load(place.device)
+        apply(model, self._optimise, place.device)
         budget = limits.kv_bytes
         if budget is None:
             budget = self._enough(kv_bytes(place.device, gpu_share=place.gpu_share), limits)
@@ -209,8 +211,8 @@ def is_language_model(model_class: type) -> bool:
     return all(hasattr(model_class, name) for name in ("make_runner", "prepare", "read_item", "answer"))
 
 
-def front_of(model_class: type, model_args: Mapping[str, Any]) -> Front:
+def front_of(model_class: type, model_args: Mapping[str, Any], optimise: Values[str] = ()) -> Front:
     """The front of either kind of class. Raises ModelClassError where it can be neither."""
     if is_language_model(model_class):
-        return LanguageFront(model_class(**model_args))
-    return StepFront(StepModel(model_class, model_args))
+        return LanguageFront(model_class(**model_args), optimise)
+    return StepFront(StepModel(model_class, model_args, optimise))

@@ -27,6 +27,7 @@ SIGNATURES = {
     "warning": ("example",),
     "to_tensors": ("output",),
     "examples": (),
+    "optimise": ("variant",),
 }
 """Every method that we call, with its arguments; all but the first two are optional."""
 

@@ -28,6 +28,7 @@ from deployments.engine.sequence import Sequence as EngineSequence
 from deployments.runtime import items, tensors, user_code
 from deployments.runtime.device import on_device
 from deployments.runtime.model_class import ModelClassError, declared_by, parse_specs, positive_number
+from deployments.runtime.optimise.apply import apply
 from deployments.runtime.step_runner import Stepping, StepRunner
 from deployments.runtime.stepwise_class import check_stepwise
 
@@ -43,11 +44,13 @@ class StepModel:
     the user's own methods are. Raises ModelClassError at once where the class can't be right.
     """
 
-    def __init__(self, model_class: type, model_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model_class: type, model_args: Mapping[str, Any], optimise: Sequence[str] = ()
+    ) -> None:
         check_stepwise(model_class, model_args)
         self.name = model_class.__name__
         self.takes_chunks = hasattr(model_class, "chunk")
-        self._class, self._args = model_class, dict(model_args)
+        self._class, self._args, self._optimise = model_class, dict(model_args), tuple(optimise)
         self._bind(model_class)
 
     def _bind(self, model: Any) -> None:
@@ -76,6 +79,7 @@ class StepModel:
         with on_device(device):
             model = self._class(**self._args)
             model.load(device)
+            apply(model, self._optimise, device)
         self._bind(model)
         self._runner = StepRunner(
             model, device=device, slots=slots, takes_chunks=self.takes_chunks, has_many=self._has_many
