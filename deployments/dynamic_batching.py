@@ -22,6 +22,8 @@ from deployments.replica import (
     AppFactory,
     ChangeLimits,
     ModelSpec,
+    choose_sharing,
+    granted_gpu_share,
     granted_gpus,
     granted_threads,
     keep_what_is_loaded,
@@ -31,6 +33,7 @@ from deployments.runtime.adapter import Adapter, load_class
 from deployments.runtime.device import choose_device
 from deployments.runtime.executor import Group
 from deployments.runtime.service import ModelService
+from deployments.runtime.slots import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +65,20 @@ class DynamicBatching:
         context = serve.get_replica_context()
         self._service = ModelService(
             context.app_name,
-            instances(spec, limits.slots),
+            lambda: Adapter(load_class(spec.model), spec.model_args, spec.optimise),
             limits,
             replica=context.replica_tag,
             hop=self._hop,
             sink=RayMetrics(),
         )
-        await self._service.start(choose_device(granted_gpus()), granted_threads(spec.threads))
+        device = choose_device(granted_gpus())
+
+        async def decide(first: Adapter) -> Sharing:
+            return await choose_sharing(spec, device, first.model)
+
+        await self._service.start(
+            device, granted_threads(spec.threads), decide=decide, gpu_share=granted_gpu_share()
+        )
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -101,11 +111,3 @@ async def run_entries(entries: Sequence[Entry]) -> list[Result]:
     results = await asyncio.gather(*(group.run() for group in groups.values()))
     by_group = dict(zip(groups, results, strict=True))
     return [by_group[id(entry.group)][entry.index] for entry in entries]
-
-
-def instances(spec: ModelSpec, slots: int) -> list[Adapter]:
-    """One adapter a slot: the same one for `shared`, own ones otherwise."""
-    model_class = load_class(spec.model)
-    if spec.safety == "shared":
-        return [Adapter(model_class, spec.model_args)] * slots
-    return [Adapter(model_class, spec.model_args) for _ in range(slots)]

@@ -1,19 +1,29 @@
 """Ray shell: what every replica of ours asks of Ray and of its process.
 
-Owns: granted devices and threads, where log lines go, the garbage collector's thresholds, the types of
-what the builder hands to a shell. Must not know: models, HTTP.
+Owns: granted devices and threads, where log lines go, the garbage collector's thresholds, the verdict a
+replica goes by, the types of what the builder hands to a shell. Must not know: HTTP, batches.
 """
 
+import asyncio
 import gc
+import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.serve._private.constants import SERVE_LOGGER_NAME
 
+from deployments.audit import deploy
+from deployments.audit.decision import Asked, decide
+from deployments.audit.target import Target
 from deployments.core.contract import Limits, Service
+from deployments.runtime.copies import digest_of
+from deployments.runtime.slots import Sharing
+
+logger = logging.getLogger(__name__)
 
 GC_AFTER_ALLOCATIONS = 50_000
 
@@ -23,12 +33,14 @@ AppFactory = Callable[[Service], Any]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which model, made how. safety: shared, pool, exclusive, processes or auto. threads: torch's."""
+    """Which model, made how, and how its use was asked for. threads: torch's. optimise: variants."""
 
     model: str
     model_args: Mapping[str, Any]
-    safety: str = "auto"
+    asked: Asked = field(default_factory=Asked)
     threads: int | None = None
+    optimise: tuple[str, ...] = ()
+    max_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +90,28 @@ def granted_threads(asked: int | None) -> int | None:
         return asked
     num_cpus = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
     return int(num_cpus) if num_cpus >= 1.0 else None
+
+
+async def choose_sharing(spec: ModelSpec, device: str, instance: Any) -> Sharing:
+    """How the loaded model may be used: by its stored verdict, or under `auto` by one made now.
+
+    Raises BatchingRefused.
+    """
+    folder = str(Path(inspect.getfile(type(instance))).parents[spec.model.count(".")])
+    target = Target(spec.model, spec.model_args, folder, device, spec.optimise)
+    weights = await asyncio.to_thread(digest_of, instance)
+    verdict = deploy.verdict_of if spec.asked.safety == "auto" else deploy.stored_verdict
+    report = await asyncio.to_thread(verdict, target, weights)
+    decision = decide(spec.asked, report)
+    sharing = decision.sharing
+    logger.info(
+        "event=safety model=%s mode=%s slots=%d verdict=%r reason=%r",
+        spec.model,
+        sharing.mode,
+        sharing.slots,
+        sharing.verdict,
+        sharing.reason,
+    )
+    for warning in decision.warnings:
+        logger.warning("event=safety_warning model=%s %s", spec.model, warning)
+    return sharing

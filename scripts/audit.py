@@ -16,6 +16,7 @@ import yaml
 from deployments.audit import report as reports
 from deployments.audit import store
 from deployments.audit.audit import Audit, AuditFailed
+from deployments.audit.identity import code_key
 from deployments.audit.process import run_phase
 from deployments.audit.target import Target
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         target = _target(options)
         audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
-        report = audit.run()
+        report = {**audit.run(), "key": code_key(target)}
     except (AuditFailed, ValueError) as error:
         print(f"audit: {options.target} could not be audited: {error}", file=sys.stderr)
         return 2

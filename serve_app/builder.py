@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from deployments.audit.decision import Asked
 from deployments.continuous_batching import ContinuousBatching
 from deployments.core.contract import Limits
 from deployments.dynamic_batching import DynamicBatching
@@ -35,7 +36,8 @@ def dynamic(args: DynamicArgs) -> Application:
     """Dynamic batching of one model; see docs/reference/config.md for `args`."""
     check_class(load_class(args.model), args.model_args)  # here, not in the replica: seconds earlier
     limits = args.limits()
-    spec = ModelSpec(args.model, args.model_args, args.safety, args.threads)
+    asked = Asked(args.safety, args.slots, args.asks_for_batches, args.allow_batch_dependence)
+    spec = ModelSpec(args.model, args.model_args, asked, args.threads, args.optimise, args.max_error)
     deployment = serve.deployment(
         DynamicBatching,
         name=DEPLOYMENT,
@@ -57,7 +59,8 @@ def continuous(args: ContinuousArgs) -> Application:
         max_ongoing_requests=let_in_streams(limits),
         health_check_period_s=5,
     )
-    spec = ModelSpec(args.model, args.model_args, threads=args.threads)
+    asked = Asked("exclusive", allow_batch_dependence=args.allow_batch_dependence)
+    spec = ModelSpec(args.model, args.model_args, asked, args.threads, args.optimise, args.max_error)
     return deployment.bind(spec, limits, make_app, change_stream_limits)
 
 

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from deployments.core.contract import Limits
+from deployments.core.variants import check as check_variants
 
 if sys.version_info >= (3, 11):
     from typing import Self
@@ -43,6 +44,8 @@ Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=Fal
 Sequences = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Streams = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+Memory = Share | Annotated[int, Field(strict=True, ge=2**20, le=2**50)]
 QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 
 _MODEL = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", re.ASCII)
@@ -95,6 +98,10 @@ class ModelArgs(_Checked):
     model: str
     model_args: dict[str, Any] = Field(default_factory=dict)
     threads: Threads | None = None
+    memory: Memory = _DEFAULTS.memory
+    optimise: tuple[str, ...] = ()
+    max_error: Share | None = None
+    allow_batch_dependence: Annotated[bool, Field(strict=True)] = False
     max_queue_items: Count = _DEFAULTS.max_queue_items
     max_queue_s: QueueS = "auto"
     max_items_per_request: Count = _DEFAULTS.max_items_per_request
@@ -107,6 +114,13 @@ class ModelArgs(_Checked):
         if not _MODEL.match(value):
             raise ValueError(f"{value!r} is not of the form 'module:Class', as in 'my_model:Doubler'")
         return value
+
+    @field_validator("optimise", mode="before")
+    @classmethod
+    def _are_variants(cls, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ValueError("a list of variants, as in [packed] or [int8]")
+        return check_variants(value)
 
     @model_validator(mode="after")
     def _fits_the_queue(self) -> Self:
@@ -132,6 +146,11 @@ class DynamicArgs(ModelArgs):
     slots: Slots = _DEFAULTS.slots
     safety: Literal["auto", "shared", "pool", "processes", "exclusive"] = "auto"
     max_queue_cost: Cost | None = None
+
+    @property
+    def asks_for_batches(self) -> bool:
+        """Whether a batch size of more than one was named, not only left at its default."""
+        return "max_batch_size" in self.model_fields_set and self.max_batch_size > 1
 
     @model_validator(mode="after")
     def _has_slots_for_its_safety(self) -> Self:
@@ -162,6 +181,7 @@ class _UserConfig(_Checked):
 
     draining: Annotated[bool, Field(strict=True)] = False
     drain_grace_s: Seconds | None = None
+    memory: Memory | None = None
     max_queue_items: Count | None = None
     max_queue_s: QueueS | None = None
     max_items_per_request: Count | None = None

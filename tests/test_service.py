@@ -19,8 +19,8 @@ LIMITS = Limits(max_batch_size=8)
 
 
 @asynccontextmanager
-async def serving(model: type, limits: Limits = LIMITS, instances: int = 1) -> AsyncIterator[ModelService]:
-    service = ModelService("app", [Adapter(model, {}) for _ in range(instances)], limits)
+async def serving(model: type, limits: Limits = LIMITS) -> AsyncIterator[ModelService]:
+    service = ModelService("app", lambda: Adapter(model, {}), limits)
     await service.start("cpu")
     try:
         yield service
@@ -86,7 +86,8 @@ async def test_out_of_memory_is_split_and_lowers_the_limit() -> None:
     async with serving(user_models.Fickle) as service:
         items = [{"value": i, "raise": "MemoryError"} for i in range(8)]
         assert values(await ask(service, *items)) == list(range(8))
-        assert service.stats()["limits"]["max_batch_cost"] == 2.0
+        assert service.stats()["limits"]["max_batch_cost"] == 3.0  # 4 failed, 2 fitted
+        assert service.stats()["memory"]["out_of_memory"] == 1
 
 
 async def test_a_cancelled_request_leaves_nothing_behind() -> None:
@@ -114,7 +115,7 @@ async def test_a_draining_replica_finishes_its_work_and_refuses_more() -> None:
 
 
 async def test_two_instances_run_side_by_side() -> None:
-    async with serving(user_models.Fickle, Limits(max_batch_size=1, slots=2), instances=2) as service:
+    async with serving(user_models.Fickle, Limits(max_batch_size=1, slots=2)) as service:
         loop = asyncio.get_running_loop()
         started = loop.time()
         await asyncio.gather(*(ask(service, {"sleep_ms": 100}) for _ in range(2)))

@@ -74,6 +74,7 @@ class Audit:
             "writes": alone["writes"],
             "measured": {"error": costs.error} if costs.error else costs.value,
             "versions": alone["versions"],
+            "weights": alone["weights"],
             "model": {**asdict(self.target), "model_args": dict(self.target.model_args)},
             "calls": alone["calls"],
             "took_s": round(time.monotonic() - began, 1),

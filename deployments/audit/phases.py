@@ -18,8 +18,8 @@ from deployments.audit.races import Races, Trial
 from deployments.audit.sameness import digest
 from deployments.audit.subject import Subject, calls_of, load
 from deployments.audit.target import LEAST_TRIALS, Batch, Input, Target
-from deployments.audit.writes import Write, writes_of
-from deployments.runtime.copies import tie_parameters
+from deployments.audit.writes import writes_of
+from deployments.runtime.copies import Weights, digest_of
 from deployments.runtime.device import usable_cpus
 
 Say = Callable[[Any], None]
@@ -33,7 +33,12 @@ LATEST = 4.0
 def alone(say: Say, target: Target) -> dict[str, Any]:
     """Of one instance in one thread: randomness, modes, writes, and what it is made of."""
     torch.set_num_threads(1)
-    firsts = writes_at_first(target)
+    torch.manual_seed(1)
+    subject = load(target)
+    weights = digest_of(subject.instance)
+    firsts = writes_of(_Call(subject, (Input(0),)))  # what the first call of a fresh instance writes
+    torch.manual_seed(0)
+    made_at_load = digest_of(load(target).instance) != weights
     subject, calls = _loaded(target)
     call = _Call(subject, calls[0])
     say("deterministic")
@@ -53,14 +58,9 @@ def alone(say: Say, target: Target) -> dict[str, Any]:
         "writes": [write.as_json() for write in writes],
         "first_writes": [write.as_json() for write in firsts if write not in writes],
         "batches": calls,
+        "weights": None if made_at_load else weights,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-
-
-def writes_at_first(target: Target) -> list[Write]:
-    """What the first call of a fresh instance writes."""
-    subject = load(target)
-    return writes_of(_Call(subject, (Input(0),)))
 
 
 def threads(say: Say, target: Target, seed: int, seconds: float) -> dict[str, Any] | None:
@@ -135,7 +135,10 @@ def measured(say: Say, target: Target, seconds: float, is_shareable: bool) -> di
     torch.set_num_threads(cores)
     before = costs.resident_bytes()
     began = time.monotonic()
-    first, calls = _loaded(target)
+    first = load(target)
+    weights = Weights(first.instance)
+    calls = calls_of(first)
+    _warm(first, calls)
     load_s = time.monotonic() - began
     if torch.device(target.device).type == "cuda":
         instance_bytes = torch.cuda.memory_allocated()
@@ -143,7 +146,7 @@ def measured(say: Say, target: Target, seconds: float, is_shareable: bool) -> di
         instance_bytes = max(0, costs.resident_bytes() - before)
     say("a second instance")
     second = load(target)
-    tie_parameters(second.instance, first.instance)
+    weights.tie(second.instance)
     _warm(second, calls)
     say("speed")
     found = costs.Costs((first, second), cores, seconds)
@@ -225,8 +228,10 @@ def races_of(target: Target, kind: str) -> Races:
         return [_Call(one, batch) for batch in calls]
 
     def pair() -> list[Callable[[], Any]]:
-        two = (load(target), load(target))
-        tie_parameters(two[1].instance, two[0].instance)
+        first = load(target)
+        weights = Weights(first.instance)
+        two = (first, load(target))
+        weights.tie(two[1].instance)
         for one in two:
             _warm(one, calls)
         return [_Call(one, batch) for batch in calls for one in two]

@@ -1,17 +1,20 @@
-"""Reports on disk, by what they are about: found again by a replay's id.
+"""Reports on disk: found again by what they are about, or by a race's id.
 
-Owns: where they lie and for how long. Must not know: what is in them beyond its races' ids.
+Owns: where they lie, for how long, and that one process at a time makes the report of a model. Must not know:
+what is in them beyond keys, weights and races' ids. Those of the shipped models come with the package.
 """
 
-import hashlib
+import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 KEPT = 200
 """Reports; the oldest go first."""
+SHIPPED = Path(__file__).with_name("shipped")
 
 
 def folder() -> Path:
@@ -19,33 +22,63 @@ def folder() -> Path:
     return Path(root, "brimful", "audits")
 
 
-def save(report: dict[str, Any]) -> Path:
-    """Keep it, in the place of an earlier one of the same target; its file."""
-    place = folder()
+def save(report: Mapping[str, Any], place: Path | None = None) -> Path:
+    """Keep it, in the place of an earlier one of the same key; its file."""
+    place = place or folder()
     place.mkdir(parents=True, exist_ok=True)
-    named = json.dumps([report["target"], report["model"]], sort_keys=True)
-    file = place / f"{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
+    file = place / f"{report['key']}.json"
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(file)
-    for old in sorted(place.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    if place == folder():
+        for old in sorted(place.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
     return file
+
+
+def find(key: str, weights: str | None = None) -> dict[str, Any] | None:
+    """The report of a model with this code_key; None where none holds.
+
+    weights: of the loaded model (copies.digest_of). A report whose `weights` is null holds for all: they are
+    made anew at each load, at random. None here: whatever the weights.
+    """
+    for place in (folder(), SHIPPED):
+        found = _read(place / f"{key}.json")
+        if found is not None and (weights is None or found.get("weights") in (None, weights)):
+            return found
+    return None
 
 
 def find_race(replay: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """(report, evidence) of the race with this id; None where no kept report has it."""
     for report in _reports():
-        for found in report["properties"].values():
+        for found in report.get("properties", {}).values():
             for one in found["evidence"]:
                 if one.get("replay") == replay:
                     return report, one
     return None
 
 
+@contextmanager
+def making(key: str) -> Iterator[None]:
+    """Hold this while a report is made: others who want the same one wait for it."""
+    folder().mkdir(parents=True, exist_ok=True)
+    with (folder() / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process
+        yield
+
+
 def _reports() -> Iterator[dict[str, Any]]:
-    for file in sorted(folder().glob("*.json"), key=lambda one: -one.stat().st_mtime):
-        try:
-            yield json.loads(file.read_text())
-        except ValueError:  # cut off while it was written by a version without rename
-            continue
+    places = [*folder().glob("*.json"), *SHIPPED.glob("*.json")]
+    for file in sorted(places, key=lambda one: -one.stat().st_mtime):
+        found = _read(file)
+        if found is not None:
+            yield found
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):  # not there, or no report
+        return None
+    return found if isinstance(found, dict) and "key" in found else None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deployments.core.contract import Limits
+from deployments.core.cost_limit import CostLimit
 from deployments.core.errors import Draining, Overloaded, RequestTooLarge
 from deployments.core.estimate import BatchTimeModel
 from deployments.core.overload import HEADROOM, OverloadControl
@@ -36,7 +37,10 @@ class Entry:
 
 
 class Admission:
-    """The door of one queue. prepare_item_s: what an item in preprocessing adds to the wait."""
+    """The door of one queue. prepare_item_s: what an item in preprocessing adds to the wait.
+
+    slots: that can run a batch now; a pool grows, and an instance may be under repair.
+    """
 
     def __init__(self, limits: Limits, waiting: Waiting, running: Sequence[Batch]) -> None:
         self.limits = limits
@@ -48,7 +52,8 @@ class Admission:
         self._waiting = waiting
         self._running = running
         self._backlog_fill = float(limits.max_batch_size)
-        self._lowered_cost = math.inf
+        self.memory = CostLimit()
+        self.slots = limits.slots
 
     @property
     def door_cost(self) -> float:
@@ -58,12 +63,8 @@ class Admission:
 
     @property
     def max_batch_cost(self) -> float:
-        """The bound in force: the configured one, or lower once memory ran out above it."""
-        return min(self.door_cost, self._lowered_cost)
-
-    def lower_max_cost(self, failed_cost: float) -> None:
-        """Memory ran out at `failed_cost`: later batches stay at half of it."""
-        self._lowered_cost = min(self._lowered_cost, failed_cost / 2)
+        """The bound in force: the configured one, or lower where memory says so."""
+        return min(self.door_cost, self.memory.value)
 
     def on_batch_formed(self, now: float, items: int) -> None:
         """Learn how full batches really get; with many keys that is far below max_batch_size."""
@@ -94,7 +95,7 @@ class Admission:
             len(waiting) + waiting.reserved + entry.items <= self.limits.max_queue_items
             and waiting.cost + entry.cost <= self.max_queue_cost
         )
-        is_idle = not len(waiting) and not waiting.reserved and len(self._running) < self.limits.slots
+        is_idle = not len(waiting) and not waiting.reserved and len(self._running) < self.slots
         if is_idle and has_room:
             self.overload.on_slot_idle(now)
             return
@@ -136,9 +137,10 @@ class Admission:
 
     def _wait_s(self, now: float, batch_s: float, priority: int) -> float:
         free_in_s = self._waiting.reserved * self.prepare_item_s
-        if len(self._running) >= self.limits.slots:
-            free_in_s += max(0.0, min(batch.expected_end for batch in self._running) - now)
-        return free_in_s + self._batches_ahead(priority) * batch_s / self.limits.slots
+        if len(self._running) >= self.slots:
+            ends = min((batch.expected_end for batch in self._running), default=now)
+            free_in_s += max(0.0, ends - now)
+        return free_in_s + self._batches_ahead(priority) * batch_s / max(1, self.slots)
 
     def _batches_ahead(self, priority: int) -> int:
         ahead = self._waiting.at_or_before(priority)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from deployments.core.errors import InternalError
+from deployments.core.isolate import Span
 from deployments.core.scheduler import Scheduler
 from deployments.core.submission import Batch, Example, Result, Submission
 
@@ -22,15 +23,17 @@ logger = logging.getLogger(__name__)
 class BatchReport:
     """What the executor tells of a finished batch: one result an item, in order.
 
-    model_s: time in the model. runs: model calls (more than 1: the batch was split).
-    out_of_memory_items: size of the smallest batch at which memory ran out, or None.
-    padding_share: share of the model's input that was padding, 0 to 1.
+    model_s: time in the model. runs: model calls (more than 1: the batch was split). out_of_memory, fitted:
+    parts of the batch, as (first, end), that ran out of memory and, where any did, that went through.
+    too_big: items that ran out alone. padding_share: share of the model's input that was padding, 0 to 1.
     """
 
     results: Sequence[Result]
     model_s: float = 0.0
     runs: int = 1
-    out_of_memory_items: int | None = None
+    out_of_memory: Sequence[Span] = ()
+    fitted: Sequence[Span] = ()
+    too_big: Sequence[int] = ()
     padding_share: float = 0.0
 
 
@@ -58,6 +61,10 @@ class Executor(Protocol):
 
     def unstage(self, batch: Batch) -> None:
         """Forget what was staged for `batch`: somebody left it."""
+        ...
+
+    def on_backlog(self) -> None:
+        """Work waits while every slot is busy: a pool that may grow does."""
         ...
 
 
@@ -141,16 +148,23 @@ class Batcher:
         self.scheduler.admission.is_draining = True
         self._pump()
 
+    def set_slots(self, slots: int) -> None:
+        """So many batches may run at once from now on: an instance came, or is under repair."""
+        self.scheduler.admission.slots = slots
+        self._pump()
+
     # -- the pump: start batches while there are both slots and work ------------------------------
 
     def _pump(self) -> None:
         now = self._clock()
         self.scheduler.expire(now)
-        while len(self.scheduler.running) < self.scheduler.limits.slots:
+        while len(self.scheduler.running) < self.scheduler.admission.slots:
             batch = self._next_batch(now)
             if batch is None:
                 break
             self._launch(batch, now)
+        if len(self.scheduler.waiting) and len(self.scheduler.running) >= self.scheduler.admission.slots:
+            self._executor.on_backlog()
         self._set_timer(now)
 
     def _next_batch(self, now: float) -> Batch | None:
@@ -219,13 +233,21 @@ class Batcher:
                 logger.exception("observer_failed")
 
     def _learn_memory(self, batch: Batch, report: BatchReport) -> None:
-        if report.out_of_memory_items is None:
+        memory = self.scheduler.admission.memory
+        if not report.out_of_memory:
+            memory.on_fitted(self._clock(), batch.cost)
             return
-        share = report.out_of_memory_items / len(batch.items)
-        self.scheduler.admission.lower_max_cost(batch.cost * share)
+
+        def cost(span: Span) -> float:
+            return sum(item.example.cost for item in batch.items[span[0] : span[1]])
+
+        failed = min(cost(span) for span in report.out_of_memory)
+        fitted = max((cost(span) for span in report.fitted), default=0.0)
+        memory.on_out_of_memory(self._clock(), failed, fitted)
         logger.warning(
-            "out_of_memory batch_cost=%g max_batch_cost_now=%g",
+            "event=out_of_memory batch_cost=%g failed_cost=%g max_batch_cost_now=%g",
             batch.cost,
+            failed,
             self.scheduler.admission.max_batch_cost,
         )
 
@@ -259,7 +281,7 @@ class Batcher:
         return float("inf") if deadline is None else deadline
 
     def _next_ready(self, now: float) -> float:
-        if len(self.scheduler.running) >= self.scheduler.limits.slots:
+        if len(self.scheduler.running) >= self.scheduler.admission.slots:
             return float("inf")
         ready_at = self.scheduler.ready_at(now)
         return float("inf") if ready_at is None else ready_at
@@ -267,7 +289,7 @@ class Batcher:
     def _next_stage(self, now: float) -> float:
         lead_s = self._executor.stage_lead_s()
         running = self.scheduler.running
-        is_busy = len(running) >= self.scheduler.limits.slots
+        is_busy = running and len(running) >= self.scheduler.admission.slots
         if lead_s <= 0.0 or self._staged is not None or not is_busy or not len(self.scheduler.waiting):
             return float("inf")
         return max(now, min(batch.expected_end for batch in running) - lead_s)

@@ -22,7 +22,7 @@ class Limits:
 
     `max_batch_cost` is in the model's own cost unit (tokens, pixels); None: items alone bound a
     batch. `max_queue_cost` None: 64 batches' worth. `max_queue_s` None: "auto", see
-    deployments/core/overload.py.
+    deployments/core/overload.py. `memory`: bytes, or up to 1 a share of what the replica may have.
     """
 
     max_batch_size: int = 32
@@ -35,6 +35,7 @@ class Limits:
     max_items_per_request: int = 256
     max_body_bytes: int = 16 * 1024 * 1024
     timeout_ms: float = 30_000.0
+    memory: float = 0.9
     # continuous batching only
     max_sequences: int = 16
     max_tokens_in_step: int = 256

@@ -24,14 +24,23 @@ Run = Callable[[Sequence[Any]], Sequence[Any]]
 """Runs a batch of examples: one output each, in order. Raises ModelBroken for a wrong count."""
 
 
+Span = tuple[int, int]
+"""Examples of a batch: the first, and the one after the last."""
+
+
 @dataclass(slots=True)
 class Isolated:
-    """results: one an example. runs: how often the model was called. out_of_memory_items: size of
-    the smallest batch of two or more at which memory ran out, None if it never did."""
+    """results: one an example. runs: how often the model was called.
+
+    out_of_memory: (first, end) of each part of two examples or more that ran out of memory; fitted: of
+    each part that went through, where any part ran out. too_big: examples that ran out alone.
+    """
 
     results: list[Result] = field(default_factory=list)
     runs: int = 0
-    out_of_memory_items: int | None = None
+    out_of_memory: list[Span] = field(default_factory=list)
+    fitted: list[Span] = field(default_factory=list)
+    too_big: list[int] = field(default_factory=list)
     errors: int = 0
 
 
@@ -45,6 +54,8 @@ def run_isolated(
     """Run `examples` as one batch; where that raises, in halves, until each has a result."""
     report = Isolated()
     _run_part(run, examples, report, (is_out_of_memory, on_out_of_memory))
+    if not report.out_of_memory:
+        report.fitted.clear()
     return report
 
 
@@ -56,9 +67,12 @@ def _run_part(
 ) -> None:
     is_out_of_memory, on_out_of_memory = memory
     report.runs += 1
+    first = len(report.results)
+    span = (first, first + len(examples))
     try:
         outputs = run(examples)
         report.results.extend(Result(output=output) for output in outputs)
+        report.fitted.append(span)
         return
     except BaseException as error:  # the outermost edge of the model
         failure = _Failure(error, _quietly(is_out_of_memory, error) or False, is_last=len(examples) == 1)
@@ -66,8 +80,9 @@ def _run_part(
     if failure.is_out_of_memory:
         _quietly(on_out_of_memory)
         if len(examples) > 1:
-            smallest = report.out_of_memory_items or len(examples)
-            report.out_of_memory_items = min(smallest, len(examples))
+            report.out_of_memory.append(span)
+        else:
+            report.too_big.append(first)
     if len(examples) == 1 or failure.condemns_all:
         report.errors += len(examples)
         report.results.extend(Result(error=failure.for_caller()) for _ in examples)

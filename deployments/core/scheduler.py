@@ -35,14 +35,17 @@ class Counters:
 
 
 class Scheduler:
-    """The queue of one replica. Not thread-safe: one event loop owns it."""
+    """The queue of one replica. Not thread-safe: one event loop owns it.
 
-    def __init__(self, limits: Limits, *, mates_by_cost: bool = False) -> None:
+    mates_by_cost: batch-mates of like cost first. in_order: nobody is overtaken, whatever its priority.
+    """
+
+    def __init__(self, limits: Limits, *, mates_by_cost: bool = False, in_order: bool = False) -> None:
         self.counters = Counters()
         self.waiting = Waiting()
         self._running: list[Batch] = []
         self.admission = Admission(limits, self.waiting, self._running)
-        self._mates_by_cost = mates_by_cost
+        self._mates_by_cost, self._in_order = mates_by_cost, in_order
         self._virtual_time = 0.0
 
     @property
@@ -179,7 +182,9 @@ class Scheduler:
         return batch
 
     def _ordered(self, now: float) -> list[Item]:
-        items = list(self.waiting)
+        items = list(self.waiting)  # by arrival
+        if self._in_order:
+            return items
         batch_s = self.admission.full_batch_s(now)
         if self.admission.overload.prefers_newest(now, self.oldest_age_s(now), batch_s):
             items.sort(key=lambda item: (item.submission.priority, -item.serial))

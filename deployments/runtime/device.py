@@ -174,7 +174,11 @@ def _text_of(error: BaseException) -> str:
         return ""
 
 
-def release_memory() -> None:
-    """After out of memory: give cached blocks back, so that the smaller retry finds them."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+@contextmanager
+def on_stream(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Queue this thread's work on `stream`; None: nothing changes (a CPU, or the default stream)."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield

@@ -1,20 +1,30 @@
 """Runs batches on model threads: one slot, one thread, one batch at a time.
 
-Owns: which instance a slot uses, what runs on its thread, staging on a GPU. Must not know: queues,
-HTTP, Ray (the shell passes a `hop` through which a group reaches its slot).
+Owns: which slot runs a batch, how many there are now, what happens to one whose instance raised or hung,
+staging on a GPU. Must not know: queues, HTTP, Ray (the shell passes a `hop` through which a group reaches its
+slot).
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deployments.core.batcher import BatchReport
-from deployments.core.isolate import Isolated, run_isolated
+from deployments.core.errors import ModelFailed
 from deployments.core.submission import Batch, Example, Result
-from deployments.runtime.adapter import Adapter, is_out_of_memory
-from deployments.runtime.device import Staged, is_device_lost, release_memory, set_threads
-from deployments.runtime.model_thread import ModelThread
+from deployments.runtime.adapter import Adapter
+from deployments.runtime.batch_run import BatchRun
+from deployments.runtime.device import Staged
+from deployments.runtime.memory import Budget
+from deployments.runtime.slots import Growth, Instances, MakeModel, Sharing, Slot
+
+logger = logging.getLogger(__name__)
+
+MOST_HUNG = 3
+"""Threads given up in a pool before the whole replica is called unhealthy: what hangs can't be ended."""
 
 
 class Group:
@@ -47,41 +57,96 @@ async def direct_hop(group: Group) -> None:
 class ModelExecutor:
     """The Executor of one replica.
 
-    instances: one a slot; the same one several times where threads may share it. All are loaded.
+    make: an unloaded instance. on_slots: told how many batches may run at once whenever that changes.
     """
 
-    def __init__(self, instances: Sequence[Adapter], *, hop: Hop = direct_hop) -> None:
-        self._slots = [(adapter, ModelThread(f"model-{number}")) for number, adapter in enumerate(instances)]
-        self._free = list(self._slots)
+    def __init__(self, make: MakeModel, *, hop: Hop = direct_hop) -> None:
+        self._instances = Instances(make)
+        self._slots = [Slot(0)]
+        self._free: list[Slot] = []
         self._hop = hop
         self._staged: dict[int, asyncio.Future[tuple[Staged, float, float]]] = {}
         self._copy_s = 0.0
+        self._sharing = Sharing()
+        self._growth: Growth | None = None
+        self._budget: Budget | None = None
+        self._alone = asyncio.Lock()
+        self._is_open = asyncio.Event()
+        self._is_open.set()
+        self._came_back = asyncio.Condition()
+        self._making = 0
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self.on_slots: Callable[[int], None] = lambda slots: None
         self.has_lost_device = False
+        self.renewed = self.hung = 0
 
-    async def load(self, device: str, threads: int) -> None:
-        """Load every distinct instance on its own model thread; raises what `load` raises.
+    # -- start and stop -----------------------------------------------------------------------------
 
-        threads: of torch, inside an operator, for all slots together.
+    async def load(self, device: str, threads: int) -> Adapter:
+        """The first instance, on its own model thread; raises what `load` raises.
+
+        threads: of torch, inside an operator.
         """
-        loaded: set[int] = set()
-        for adapter, thread in self._slots:
-            # OpenMP keeps the count by thread: setting it anywhere else would not hold here.
-            await thread.call(lambda: set_threads(max(1, threads // len(self._slots))))
-            if id(adapter) not in loaded:
-                loaded.add(id(adapter))
-                await thread.call(lambda adapter=adapter: adapter.load(device))  # type: ignore[misc]
+        first = self._slots[0]
+        self._instances.threads = threads
+        await first.thread.call(lambda: self._instances.prepare(first, own_stream=False))
+        first.instance = await first.thread.call(lambda: self._instances.load_first(device))
+        return first.instance
+
+    async def arrange(self, sharing: Sharing, threads: int, budget: Budget) -> None:
+        """Make the slots that `sharing` says. threads: of torch, for all slots together.
+
+        A pool begins with one instance; the others come when work waits for them.
+        """
+        self._sharing, self._budget = sharing, budget
+        self._instances.threads = max(1, threads // sharing.slots)
+        if sharing.mode == "pool":
+            self._growth = Growth(sharing.slots, budget)
+        elif sharing.is_shared:
+            self._slots += [Slot(number) for number in range(1, sharing.slots)]
+        for slot in self._slots:
+            slot.instance = self._slots[0].instance
+            await self._prepare(slot)
+        self._free = list(self._slots)
+
+    async def _prepare(self, slot: Slot) -> None:
+        many = self._sharing.slots > 1
+        await slot.thread.call(lambda: self._instances.prepare(slot, own_stream=many))
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for slot in self._slots:
+            slot.thread.close()
+
+    # -- health -------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
 
     def busy_for_s(self) -> float:
         """The longest any slot has been running its current batch; the heartbeat of check_health."""
-        return max(thread.busy_for_s() for _, thread in self._slots)
+        return max((slot.thread.busy_for_s() for slot in self._slots), default=0.0)
 
     @property
     def is_alive(self) -> bool:
-        return all(thread.is_alive for _, thread in self._slots)
+        """Whether no thread has ended, and a pool has not lost too many to calls that never return."""
+        return self.hung < MOST_HUNG and all(slot.thread.is_alive for slot in self._slots)
 
-    def close(self) -> None:
-        for _, thread in self._slots:
-            thread.close()
+    def give_up_hung(self, after_s: float) -> None:
+        """In a pool: let go of instances that have run one batch for longer; its items fail, a fresh instance
+        with its own thread takes their place. Call it about once a second."""
+        if self._growth is None:
+            return
+        for slot in [s for s in self._slots if s.thread.busy_for_s() > after_s and s.running is not None]:
+            self.hung += 1
+            logger.error("event=instance_hung after_s=%.0f instances_given_up=%d", after_s, self.hung)
+            running, slot.running = slot.running, None
+            if running is not None and not running.done():
+                running.set_exception(InstanceHung(f"the model gave no answer in {after_s:.0f} s"))
+            slot.thread.close()
+            self._remove(slot)
 
     # -- Executor ---------------------------------------------------------------------------------
 
@@ -101,15 +166,145 @@ class ModelExecutor:
         return await group.report()
 
     async def _run(self, batch: Batch, on_model_begins: Callable[[], None]) -> BatchReport:
-        adapter, thread = self._free.pop()
+        if not self._is_open.is_set():
+            await self._is_open.wait()
+        slot = self._free.pop()
+        has_company = self._in_use > 1
         try:
             staged = await self._take_staged(batch)
             examples = [item.example.value for item in batch.items]
-            running = thread.call(lambda: _Run(adapter, staged, self._on_device_lost)(examples))
-            on_model_begins()
-            return await running
+            report = await self._run_in(slot, examples, staged, on_model_begins)
+            has_company = has_company or self._in_use > 1
+        except InstanceHung as hung:
+            error = ModelFailed(f"{hung}; it was given up and replaced")
+            return BatchReport([Result(error=error) for _ in batch.items], runs=1)
         finally:
-            self._free.append((adapter, thread))
+            await self._return(slot)
+        if report.too_big and has_company:
+            report = await self._run_alone(examples, report)
+        return report
+
+    async def _run_in(
+        self,
+        slot: Slot,
+        examples: Sequence[Any],
+        staged: tuple[Staged, float] | None,
+        on_model_begins: Callable[[], None] = lambda: None,
+    ) -> BatchReport:
+        run = BatchRun(self._instances, slot, self._sharing, self._budget, self._on_device_lost)
+        slot.running = slot.thread.call(lambda: run(examples, staged))
+        on_model_begins()
+        try:
+            report: BatchReport = await slot.running
+            return report
+        finally:
+            slot.running = None
+
+    async def _run_alone(self, examples: Sequence[Any], report: BatchReport) -> BatchReport:
+        """Items that ran out of memory by themselves, once more while no other slot uses any."""
+        async with self._alone:
+            self._is_open.clear()
+            try:
+                async with self._came_back:
+                    await self._came_back.wait_for(self._is_quiet)
+                results = list(report.results)
+                slot = self._free.pop()
+                try:
+                    for index in report.too_big:
+                        again = await self._run_in(slot, [examples[index]], None)
+                        results[index] = again.results[0]
+                finally:
+                    await self._return(slot)
+            finally:
+                self._is_open.set()
+        return replace(report, results=results, too_big=())
+
+    @property
+    def _in_use(self) -> int:
+        """Instances that run or are being made: they all use memory."""
+        return len(self._slots) - len(self._free) + self._making
+
+    def _is_quiet(self) -> bool:
+        return bool(self._slots) and not self._in_use
+
+    async def _return(self, slot: Slot) -> None:
+        """A slot is free again, or its instance is made anew first."""
+        if slot not in self._slots:  # given up
+            return
+        if slot.is_clean or self._sharing.is_shared:
+            self._free.append(slot)
+        elif len(self._slots) > 1 or self._growth is not None:
+            self._remove(slot)
+            slot.thread.close()
+        else:
+            self._slots.remove(slot)
+            self.on_slots(0)
+            self._keep(self._renew(slot))
+        await self._notify()
+
+    async def _notify(self) -> None:
+        """Whoever waits to be alone looks again."""
+        if not self._is_open.is_set():
+            async with self._came_back:
+                self._came_back.notify_all()
+
+    def _on_device_lost(self) -> None:
+        self.has_lost_device = True
+
+    # -- the pool -----------------------------------------------------------------------------------
+
+    def on_backlog(self) -> None:
+        """Work waits while every slot is busy: make one more instance where the pool may have it."""
+        if self._growth is not None and self._is_open.is_set() and self._growth.may(len(self._slots)):
+            self._grow()
+
+    def _grow(self) -> None:
+        assert self._growth is not None
+        self._growth.is_making = True
+        self._keep(self._renew(Slot(len(self._slots))))
+
+    def _remove(self, slot: Slot) -> None:
+        self._slots.remove(slot)
+        self.renewed += 1
+        self.on_slots(len(self._slots))
+        if not self._slots and self._growth is not None and not self._growth.is_making:
+            self._grow()
+
+    async def _renew(self, slot: Slot) -> None:
+        """Make a slot's instance, then let it take batches; tried again where the model doesn't load."""
+        growth, budget = self._growth, self._budget
+        before = budget.used() if budget is not None else 0
+        self._making += 1
+        try:
+            await self._prepare(slot)
+            await slot.thread.call(lambda: self._instances.renew(slot))
+        except Exception:
+            logger.exception("event=instance_failed")
+            slot.thread.close()
+            if not self._slots:
+                await asyncio.sleep(1.0)
+                self._keep(self._renew(Slot(0)))
+            elif growth is not None:
+                growth.is_making = False
+            return
+        finally:
+            self._making -= 1
+            await self._notify()
+        if growth is not None:
+            growth.is_making = False
+            growth.learn(before)
+        self._slots.append(slot)
+        self._free.append(slot)
+        logger.info("event=instance_made instances=%d", len(self._slots))
+        self.on_slots(len(self._slots))
+        await self._notify()
+
+    def _keep(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- staging --------------------------------------------------------------------------------------
 
     async def _take_staged(self, batch: Batch) -> tuple[Staged, float] | None:
         staging = self._staged.pop(id(batch), None)
@@ -121,16 +316,21 @@ class ModelExecutor:
             return None
         return staged, padding_share
 
-    def _on_device_lost(self) -> None:
-        self.has_lost_device = True
-
     async def measure_copy(self, examples: Sequence[Example]) -> None:
         """On a GPU, once: how long collating and copying a batch takes; staging is off before."""
+        if not self._sharing.is_shared:  # collate is the instance's own, and may use what forward notes on it
+            return
         values = [example.value for example in examples]
         for _ in range(2):  # the first pins memory
             _, self._copy_s, _ = await asyncio.get_running_loop().run_in_executor(
-                None, _stage, self._slots[0][0], values
+                None, _stage, self._first, values
             )
+
+    @property
+    def _first(self) -> Adapter:
+        first = self._slots[0].instance
+        assert first is not None, "load() first"
+        return first
 
     def stage_lead_s(self) -> float:
         """Twice the measured copy time: the copy is done when the slot is free, and not long before."""
@@ -138,9 +338,8 @@ class ModelExecutor:
 
     async def stage(self, batch: Batch) -> None:
         """Collate and copy off the model thread; what fails here fails again, isolated, in the run."""
-        adapter = self._slots[0][0]
         examples = [item.example.value for item in batch.items]
-        staging = asyncio.get_running_loop().run_in_executor(None, _stage, adapter, examples)
+        staging = asyncio.get_running_loop().run_in_executor(None, _stage, self._first, examples)
         self._staged[id(batch)] = staging
         try:
             self._copy_s = (await staging)[1]
@@ -152,52 +351,13 @@ class ModelExecutor:
         self._staged.pop(id(batch), None)
 
 
+class InstanceHung(Exception):
+    """The call never returned, and nobody waits for it any more."""
+
+
 def _stage(adapter: Adapter, examples: Sequence[Any]) -> tuple[Staged, float, float]:
     """On a pool thread: (the batch on its way to the device, seconds it took, its padding share)."""
     started = time.perf_counter()
     collated = adapter.collate(examples)
     staged = adapter.stage(collated)
     return staged, time.perf_counter() - started, adapter.padding_share(examples, collated)
-
-
-class _Run:
-    """One batch on the model thread: run, split on failure, time it."""
-
-    def __init__(
-        self, adapter: Adapter, staged: tuple[Staged, float] | None, on_device_lost: Callable[[], None]
-    ) -> None:
-        self._adapter = adapter
-        self._staged = None if staged is None else staged[0]
-        self._padding_share = 0.0 if staged is None else staged[1]
-        self._on_device_lost = on_device_lost
-
-    def __call__(self, examples: Sequence[Any]) -> BatchReport:
-        started = time.perf_counter()
-        report: Isolated = run_isolated(
-            self._forward,
-            examples,
-            is_out_of_memory=is_out_of_memory,
-            on_out_of_memory=release_memory,
-        )
-        return BatchReport(
-            results=report.results,
-            model_s=time.perf_counter() - started,
-            runs=report.runs,
-            out_of_memory_items=report.out_of_memory_items,
-            padding_share=self._padding_share,
-        )
-
-    def _forward(self, examples: Sequence[Any]) -> list[Any]:
-        adapter = self._adapter
-        # Only the whole batch was staged; the halves of a failed one are collated anew.
-        staged, self._staged = self._staged, None
-        try:
-            if staged is not None:
-                return adapter.split(adapter.forward(staged), len(examples))
-            collated = adapter.collate(examples)
-            self._padding_share = adapter.padding_share(examples, collated)
-            return adapter.split(adapter.forward(collated), len(examples))
-        except BaseException as error:
-            if is_device_lost(error):
-                self._on_device_lost()
-            raise

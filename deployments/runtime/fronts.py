@@ -138,7 +138,8 @@ class LanguageFront:
         apply(model, self._optimise, place.device)
         budget = limits.kv_bytes
         if budget is None:
-            budget = self._enough(kv_bytes(place.device, gpu_share=place.gpu_share), limits)
+            free = kv_bytes(place.device, gpu_share=place.gpu_share, memory=limits.memory)
+            budget = self._enough(free, limits)
         blocks = budget // model.block_bytes
         if blocks < 2:
             raise ValueError(f"kv_bytes: {budget} hold no 2 blocks of {model.block_bytes} bytes; raise it")

@@ -1,6 +1,6 @@
-"""Finds the torch modules that a model's instance holds, wherever it keeps them.
+"""Finds the torch modules and tensors that a model's instance holds, wherever it keeps them.
 
-Owns: the walk. Must not know: what is asked of a module.
+Owns: the walk. Must not know: what is asked of a module or a tensor.
 """
 
 import types
@@ -15,18 +15,28 @@ MAX_OBJECTS = 100_000
 
 _LEAVES = (
     bool, int, float, complex, str, bytes, type(None), type,
-    torch.Tensor, types.ModuleType, types.FunctionType, types.BuiltinFunctionType,
+    types.ModuleType, types.FunctionType, types.BuiltinFunctionType,
 )  # fmt: skip
 
 
 def modules_of(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     """(name, module) of every module, nearest first, each once: ("self.nets[1]", Dropout)."""
+    return ((name, value) for name, value in _objects_of(model) if isinstance(value, torch.nn.Module))
+
+
+def tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor, parameters and buffers included, nearest first, each once."""
+    return ((name, value) for name, value in _objects_of(model) if isinstance(value, torch.Tensor))
+
+
+def _objects_of(model: Any) -> Iterator[tuple[str, Any]]:
     waiting: deque[tuple[str, Any]] = deque([("self", model)])
     seen: set[int] = {id(model)}
     while waiting:
         name, value = waiting.popleft()
-        if isinstance(value, torch.nn.Module):
-            yield name, value
+        yield name, value
+        if isinstance(value, torch.Tensor):
+            continue
         for suffix, part in parts_of(value):
             if isinstance(part, _LEAVES) or id(part) in seen:
                 continue
@@ -44,6 +54,9 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
     if isinstance(value, torch.nn.Module):
         yield from ((f".{name}", part) for name, part in value.named_children())
+    if isinstance(value, torch.jit.ScriptModule):  # it keeps them in C++
+        yield from ((f".{name}", part) for name, part in value.named_parameters(recurse=False))
+        yield from ((f".{name}", part) for name, part in value.named_buffers(recurse=False))
     # Not dir() and getattr: a property would run the model's code.
     attributes = getattr(value, "__dict__", {})
     names = {} if isinstance(value, torch.nn.Module) else _slots_of(value)

@@ -7,21 +7,25 @@ Implements core's `Service`. Must not know: Ray, HTTP, what the model computes.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.core.batcher import Batcher
 from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions
 from deployments.core.errors import DeadlinePassed, InternalError, ServingError
-from deployments.core.estimate import BatchTimeModel
 from deployments.core.figures import Figures, MetricsSink, NullSink
 from deployments.core.scheduler import Scheduler
 from deployments.core.submission import Example, Submission
 from deployments.runtime.adapter import Adapter
 from deployments.runtime.device import usable_cpus
 from deployments.runtime.executor import Hop, ModelExecutor, direct_hop
+from deployments.runtime.memory import Budget
+from deployments.runtime.slots import MakeModel, Sharing
+from deployments.runtime.warm_up import WarmUp
+from deployments.runtime.whole import Answered, Whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +37,11 @@ INLINE_BODY_BYTES = 64 * 1024
 CHUNKS_PER_THREAD = 4
 """Into how many parts a long list is cut for the pool: a cancelled request stops after one."""
 GAUGE_EVERY_S = 1.0
-WARM_UP_TIMEOUT_S = 600.0
 HANG_AFTER_S = 120.0
-"""A batch that runs this long is a hung model: check_health fails and Ray replaces the replica."""
+"""A batch that runs this long is a hung model: a pool replaces the instance; otherwise check_health fails
+and Ray replaces the replica."""
+
+Decide = Callable[[Adapter], Awaitable[Sharing]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,13 @@ class Prepared:
 class ModelService:
     """One replica's model behind its batcher; all methods on one event loop.
 
-    instances: one a slot (the same object where threads may share it).
+    make: an unloaded instance; called again for each further instance of a pool.
     """
 
     def __init__(
         self,
         app_name: str,
-        instances: Sequence[Adapter],
+        make: MakeModel,
         limits: Limits,
         *,
         replica: str = "",
@@ -66,9 +72,10 @@ class ModelService:
     ) -> None:
         self._app_name = app_name
         self._replica = replica
-        self._adapter = instances[0]
         self._limits = limits
-        self._executor = ModelExecutor(instances, hop=hop)
+        self._executor = ModelExecutor(make, hop=hop)
+        self._adapter_or_none: Adapter | None = None
+        self.sharing = Sharing()
         self._clock = clock
         self._sink = sink or NullSink()
         self.figures = Figures(self._sink, clock)
@@ -82,67 +89,67 @@ class ModelService:
 
     # -- start and stop -----------------------------------------------------------------------------
 
-    async def start(self, device: str, threads: int | None = None) -> None:
+    async def start(
+        self, device: str, threads: int | None = None, *, decide: Decide | None = None, gpu_share: float = 1.0
+    ) -> None:
         """Load the model, warm it up; raises what the model raises. Ready when it returns.
 
-        threads: torch's, for all slots together; None: one a usable CPU.
+        threads: torch's, for all slots together; None: one a usable CPU. decide: how the model may be used,
+        asked once its first instance is loaded; None: an instance a slot. gpu_share: this replica's part.
         """
         self._device = device
-        await self._executor.load(device, threads or usable_cpus())
-        adapter = self._adapter
+        threads = threads or usable_cpus()
+        adapter = self._adapter_or_none = await self._executor.load(device, threads)
+        self._budget = Budget(device, self._limits.memory, gpu_share)
+        self._budget.check_fits()
         if self._limits.max_batch_cost is None:
             self._limits = replace(self._limits, max_batch_cost=adapter.max_batch_cost)
+        if decide is None:
+            self.sharing = Sharing("pool" if self._limits.slots > 1 else "exclusive", self._limits.slots)
+        else:
+            self.sharing = await decide(adapter)
+        self._apply_sharing()
         self._card = adapter.card(self._app_name)
-        scheduler = Scheduler(self._limits, mates_by_cost=adapter.pads)
+        await self._executor.arrange(self.sharing, threads, self._budget)
+        scheduler = Scheduler(self._limits, mates_by_cost=adapter.pads, in_order=self.sharing.in_order)
+        scheduler.admission.slots = self._executor.slots
         self._batcher = Batcher(scheduler, self._executor, clock=self._clock)
+        self._executor.on_slots = self._batcher.set_slots
         await self._warm_up(list(self._card.examples))
         self.figures = self._batcher.observer = Figures(self._sink, self._clock)
         self._gauges = asyncio.ensure_future(self._push_gauges())
 
-    async def _warm_up(self, items: list[Any]) -> None:
-        """Run the examples alone and in a full batch: first requests are as fast as later ones.
+    def _apply_sharing(self) -> None:
+        limits, sharing = self._limits, self.sharing
+        size = min(limits.max_batch_size, sharing.max_batch_size or limits.max_batch_size)
+        self._limits = replace(limits, slots=sharing.slots, max_batch_size=size)
+        if sharing.is_whole:  # costs are known on the model thread alone; the door counts items
+            self.sharing = replace(sharing, max_batch_cost=limits.max_batch_cost)
+            self._limits = replace(self._limits, max_batch_cost=None)
 
-        Also measures whether pre- and postprocessing may run on the event loop.
-        """
+    @property
+    def _adapter(self) -> Adapter:
+        assert self._adapter_or_none is not None, "start() first"
+        return self._adapter_or_none
+
+    async def _warm_up(self, items: Sequence[Any]) -> None:
+        """First requests are as fast as later ones; also learns what may run on the event loop."""
         if not items:
             logger.info("no_warm_up app=%s reason=%s", self._app_name, "the model has no examples()")
             return
-        scheduler = self.batcher.scheduler
-        full = min(self._limits.max_batch_size, self._limits.max_queue_items)
-        for is_measured in (False, True):
-            scheduler.admission.times = BatchTimeModel()  # first runs (allocations, packing) teach nothing
-            for size in (1, full):
-                await self._warm_up_batch([items[i % len(items)] for i in range(size)])
-            if not is_measured:
-                self._before_s = self._after_s = float("inf")
+
+        def prepare(item: Any) -> tuple[Example | None, ServingError | None]:
+            (prepared,) = self._prepare_now([item], RequestOptions())
+            return prepared.example, prepared.error
+
+        def finish(submission: Submission) -> list[Outcome]:
+            return self._outcomes(submission, RequestOptions())
+
+        first_runs = WarmUp(self.batcher, self._limits, self._budget, prepare, finish)
+        await first_runs.run(items)
+        self._before_s, self._after_s = first_runs.before_s, first_runs.after_s
         if self._device != "cpu":
-            await self._executor.measure_copy(self._fitting([self._prepare(item) for item in items]))
-
-    async def _warm_up_batch(self, items: list[Any]) -> None:
-        started = time.perf_counter()
-        prepared = [self._prepare(item) for item in items]
-        self._before_s = min(self._before_s, (time.perf_counter() - started) / len(items))
-        submission = await self.batcher.submit(self._fitting(prepared), timeout_s=WARM_UP_TIMEOUT_S)
-        started = time.perf_counter()
-        outcomes = self._outcomes(submission, RequestOptions())
-        self._after_s = min(self._after_s, (time.perf_counter() - started) / len(outcomes))
-        for error in (*(p.error for p in prepared), *(o.error for o in outcomes)):
-            if error is not None:
-                raise error
-
-    def _fitting(self, prepared: list[Prepared]) -> list[Example]:
-        """As many of the examples as one batch, and the queue, may hold."""
-        limit = self.batcher.scheduler.admission.max_batch_cost
-        if self._limits.max_queue_cost is not None:
-            limit = min(limit, self._limits.max_queue_cost)
-        fitting: list[Example] = []
-        cost = 0.0
-        for example in (p.example for p in prepared if p.example is not None):
-            cost += example.cost
-            if fitting and cost > limit:
-                break
-            fitting.append(example)
-        return fitting
+            await self._executor.measure_copy(first_runs.examples)
 
     def drain(self) -> None:
         """New work gets Draining from now on; work in hand is finished."""
@@ -172,7 +179,8 @@ class ModelService:
         if self._executor.has_lost_device:
             raise RuntimeError("the device failed and stays failed in this process")
         busy_s = self._executor.busy_for_s()
-        if self._batcher is not None and busy_s > HANG_AFTER_S:
+        patience_s = (2.0 if self.sharing.mode == "pool" else 1.0) * HANG_AFTER_S  # a pool helps itself
+        if self._batcher is not None and busy_s > patience_s:
             raise RuntimeError(f"a batch has been running for {busy_s:.0f} s")
 
     async def _push_gauges(self) -> None:
@@ -180,6 +188,7 @@ class ModelService:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
             try:
+                self._executor.give_up_hung(HANG_AFTER_S)
                 self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._limits.slots)
             except Exception:  # the loop's outermost edge
                 logger.exception("metrics_failed app=%s", self._app_name)
@@ -248,7 +257,7 @@ class ModelService:
         merged = []
         for p in prepared:
             outcome = Outcome(error=p.error) if p.example is None else next(ran)
-            if p.example is not None:
+            if p.example is not None and not self.sharing.is_whole:
                 outcome.warning, outcome.cost = p.warning, p.example.cost
             merged.append(outcome)
         began = arrived if submission.began is None else submission.began
@@ -268,8 +277,9 @@ class ModelService:
     async def _prepare_all(
         self, items: Sequence[Any], options: RequestOptions, timeout_s: float
     ) -> list[Prepared]:
-        if options.body_bytes <= INLINE_BODY_BYTES and self._is_inline(self._before_s, len(items)):
-            return [self._prepare(item) for item in items]
+        is_small = options.body_bytes <= INLINE_BODY_BYTES and self._is_inline(self._before_s, len(items))
+        if is_small or self.sharing.is_whole:
+            return self._prepare_now(items, options)
         started = time.perf_counter()
         try:
             prepared = await asyncio.wait_for(self._prepare_on_pool(items), timeout_s)
@@ -291,6 +301,11 @@ class ModelService:
             *(loop.run_in_executor(self._pool, self._prepare_part, part) for part in parts)
         )
         return [prepared for part in done for prepared in part]
+
+    def _prepare_now(self, items: Sequence[Any], options: RequestOptions) -> list[Prepared]:
+        if self.sharing.is_whole:  # its instance does it, with no other item in between
+            return [Prepared(Example(Whole(item, options.as_tensors))) for item in items]
+        return self._prepare_part(items)
 
     def _prepare_part(self, items: Sequence[Any]) -> list[Prepared]:
         return [self._prepare(item) for item in items]
@@ -320,6 +335,10 @@ class ModelService:
             if result.error is not None:
                 outcomes.append(Outcome(error=result.error))
                 continue
+            if isinstance(result.output, Answered):
+                done = result.output
+                outcomes.append(Outcome(done.value, copy(done.error), done.warning, done.cost))
+                continue
             try:
                 outcomes.append(Outcome(after(result.output)))
             except ServingError as error:
@@ -348,7 +367,23 @@ class ModelService:
                 "predicted_wait_ms": round(1e3 * scheduler.admission.predicted_wait_s(now), 3),
                 "learned_patience_s": scheduler.admission.overload.patience_s,
             },
-            "slots": {"total": self._limits.slots, "busy": len(scheduler.running)},
+            "slots": {
+                "total": self._limits.slots,
+                "now": self._executor.slots,
+                "busy": len(scheduler.running),
+                "renewed": self._executor.renewed,
+            },
+            "safety": {
+                "mode": self.sharing.mode,
+                "verdict": self.sharing.verdict,
+                "reason": self.sharing.reason,
+            },
+            "memory": {
+                "budget_bytes": self._budget.bytes,
+                "used_bytes": self._budget.used(),
+                "out_of_memory": scheduler.admission.memory.failures,
+                "learned_max_cost": _finite(scheduler.admission.memory.value),
+            },
             "totals": {
                 "items": figures.items,
                 "batches": figures.batches,

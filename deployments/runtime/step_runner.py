@@ -19,7 +19,8 @@ from deployments.core.isolate import run_isolated
 from deployments.core.submission import Result
 from deployments.engine.sequence import Advance, Step
 from deployments.runtime import items, tensors, user_code
-from deployments.runtime.device import is_device_lost, is_out_of_memory, on_device, release_memory
+from deployments.runtime.device import is_device_lost, is_out_of_memory, on_device
+from deployments.runtime.memory import release_memory
 from deployments.runtime.state_slots import Row, StateSlots
 from deployments.runtime.stepwise_class import check_state, check_stepped
 

@@ -239,6 +239,7 @@ def report() -> dict[str, Any]:
 
 
 def test_report_is_found_by_its_races_and_replaced_by_the_next(report: dict[str, Any]) -> None:
+    report["key"] = "of this model"
     first = store.save(report)
     assert store.find_race("abc") == (report, report["properties"]["thread_safe"]["evidence"][0])
     report["properties"]["thread_safe"]["evidence"] = []

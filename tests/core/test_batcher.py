@@ -23,7 +23,7 @@ class EchoExecutor:
         self.batches: list[list[object]] = []
         self.started_at: list[float] = []
         self.staged: list[list[object]] = []
-        self.unstaged = 0
+        self.unstaged = self.backlogs = 0
         self._batch_s = batch_s
         self._lead_s = lead_s
 
@@ -44,6 +44,9 @@ class EchoExecutor:
 
     def unstage(self, batch: Batch) -> None:
         self.unstaged += 1
+
+    def on_backlog(self) -> None:
+        self.backlogs += 1
 
 
 def make(limits: Limits, executor: EchoExecutor | None = None) -> tuple[Batcher, EchoExecutor]:
@@ -268,13 +271,15 @@ async def test_memory_that_ran_out_lowers_the_limit_for_later_batches() -> None:
         async def execute(self, batch: Batch, on_begins: Begins, on_done: Done) -> BatchReport:
             report = await super().execute(batch, on_begins, lambda report: None)
             if len(batch.items) > 4:
-                report.out_of_memory_items = len(batch.items)
+                report.out_of_memory = [(0, len(batch.items))]
+                report.fitted = [(0, len(batch.items) // 2)]
             on_done(report)
             return report
 
     batcher, executor = make(Limits(max_batch_size=8), Small())
-    await ask(batcher, *range(24))
-    assert [len(b) for b in executor.batches] == [8, 4, 4, 4, 4]
+    await ask(batcher, *range(40))
+    assert [len(b) for b in executor.batches][:5] == [8, 6, 4, 4, 4]  # between what failed and fitted
+    assert 4 <= batcher.scheduler.admission.max_batch_cost < 5
 
 
 @virtual

@@ -39,7 +39,8 @@ def test_out_of_memory_is_split_and_its_size_reported() -> None:
 
     report = isolate(run, range(16))
     assert [r.output for r in report.results] == list(range(16))
-    assert report.out_of_memory_items == 8
+    assert report.out_of_memory == [(0, 16), (0, 8), (8, 16)]
+    assert report.fitted == [(0, 4), (4, 8), (8, 12), (12, 16)]
 
 
 def test_an_item_that_never_fits_is_the_callers_to_shrink() -> None:

@@ -1,0 +1,65 @@
+"""The verdict that a deployment goes by: the stored one, or one made now.
+
+Owns: when an audit is made (never in a request) and that replicas of one model make it once. Must not know:
+Ray, how an audit works, what a verdict is used for.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from deployments.audit import store
+from deployments.audit.audit import Audit, AuditFailed
+from deployments.audit.identity import code_key
+from deployments.audit.target import Target
+
+logger = logging.getLogger(__name__)
+
+BUDGET_S = 60.0
+
+
+def stored_verdict(target: Target, weights: str) -> dict[str, Any] | None:
+    """The report that holds for this model; None where there is none."""
+    try:
+        return store.find(code_key(target), weights)
+    except (OSError, ValueError, SyntaxError):  # a model without source: nothing can be said of it for later
+        return None
+
+
+def verdict_of(
+    target: Target,
+    weights: str,
+    *,
+    budget_s: float = BUDGET_S,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The stored report, or a new one: about `budget_s` seconds, in processes of its own.
+
+    Where the model can't be audited, a report with "failed": why.
+    """
+    try:
+        key = code_key(target)
+    except (OSError, ValueError, SyntaxError) as error:
+        return {"failed": str(error)}
+    with store.making(key):
+        known = store.find(key, weights)
+        if known is not None:
+            return known
+        began = time.monotonic()
+        logger.info("event=audit_begins model=%s budget_s=%.0f", target.model, budget_s)
+        try:
+            report = Audit(target, target.model, budget_s, progress=progress).run()
+        except AuditFailed as error:
+            report = {"failed": str(error), "target": target.model}
+        report = {"weights": weights, **report, "key": key}
+        store.save(report)
+        logger.info(
+            "event=audit_ended model=%s verdict=%r mode=%s batching=%s took_s=%.0f",
+            target.model,
+            report.get("verdict", "failed"),
+            report.get("mode"),
+            report.get("batching"),
+            time.monotonic() - began,
+        )
+        return report

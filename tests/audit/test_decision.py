@@ -1,0 +1,163 @@
+"""From a verdict to how a replica uses its model, and when a verdict still holds."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.audit import deploy, store
+from deployments.audit.audit import Audit
+from deployments.audit.decision import Asked, BatchingRefused, decide
+from deployments.audit.identity import code_key
+from deployments.audit.target import Target
+
+
+@pytest.fixture(autouse=True)
+def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def report(mode: str = "shared", batching: str = "dynamic", **holds: bool | None) -> dict[str, Any]:
+    names = ("thread_safe", "copy_safe", "order_independent", "batch_invariant", "padding_invariant")
+    properties = {n: {"holds": holds.get(n, True), "reason": f"why {n}", "evidence": []} for n in names}
+    verdict = "safe as tested" if mode == "shared" else "unsafe"
+    return {"mode": mode, "batching": batching, "verdict": verdict, "properties": properties}
+
+
+@pytest.mark.parametrize(
+    ("mode", "slots", "is_whole", "in_order"),
+    [
+        ("shared", 4, False, False),
+        ("pool", 4, True, False),
+        ("processes", 1, True, False),
+        ("exclusive", 1, True, True),
+    ],
+)
+def test_auto_applies_the_verdict(mode: str, slots: int, is_whole: bool, in_order: bool) -> None:
+    decision = decide(Asked(slots=4), report(mode))
+    sharing = decision.sharing
+    assert (sharing.mode, sharing.slots, sharing.is_whole, sharing.in_order) == (
+        mode,
+        slots,
+        is_whole,
+        in_order,
+    )
+    assert any("num_replicas: 4" in warning for warning in decision.warnings) is (slots == 1)
+
+
+def test_a_mode_that_is_named_wins_and_says_what_the_audit_found() -> None:
+    decision = decide(Asked("shared", 2), report("processes", copy_safe=False))
+    assert (decision.sharing.mode, decision.sharing.slots) == ("shared", 2)
+    assert "audit says processes" in decision.warnings[0]
+    assert "why copy_safe" in decision.warnings[0]
+    assert not decide(Asked("exclusive"), report("shared")).warnings  # more careful than it must be
+
+
+def test_batches_that_were_asked_for_are_refused_where_mates_matter() -> None:
+    found = report(batching="per_item", batch_invariant=False)
+    with pytest.raises(
+        BatchingRefused, match=r"max_batch_size: .*why batch_invariant.*allow_batch_dependence: true"
+    ):
+        decide(Asked(batches=True), found)
+    with pytest.raises(BatchingRefused):
+        decide(Asked("shared", batches=True), found)
+    alone = decide(Asked(), found)
+    assert alone.sharing.max_batch_size == 1
+    assert "one by one, since why batch_invariant" in alone.warnings[0]
+    allowed = decide(Asked(batches=True, allow_batch_dependence=True), found)
+    assert allowed.sharing.max_batch_size is None
+    assert "why batch_invariant" in allowed.warnings[0]
+
+
+def test_padding_that_matters_is_a_batch_that_matters() -> None:
+    found = report(batching="per_item", padding_invariant=False)
+    with pytest.raises(BatchingRefused, match="why padding_invariant"):
+        decide(Asked(batches=True), found)
+
+
+def test_what_could_not_be_decided_runs_one_by_one_and_is_not_refused() -> None:
+    found = report(batching="per_item", batch_invariant=None)
+    assert decide(Asked(batches=True), found).sharing.max_batch_size == 1
+
+
+def test_without_a_verdict_the_authors_word_counts_and_that_is_said() -> None:
+    decision = decide(Asked(), {"failed": "it has no examples()"})
+    assert (decision.sharing.mode, decision.sharing.max_batch_size) == ("exclusive", None)
+    assert "no examples()" in decision.warnings[0]
+    assert decide(Asked("pool", 3), None).sharing.slots == 3
+
+
+# When a verdict holds
+
+MODEL = '''
+import helper
+class Model:
+    """Says what it is."""
+    def load(self, device): pass
+    def forward(self, batch): return batch * helper.FACTOR  # times
+    def examples(self): return [1.0]
+'''
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "helper.py").write_text("FACTOR = 2\n")
+    return Target("model:Model", folder=str(tmp_path))
+
+
+def test_the_key_changes_with_code_and_arguments_and_not_with_comments(target: Target) -> None:
+    folder = Path(target.folder)
+    first = code_key(target)
+    (folder / "model.py").write_text(MODEL.replace("# times", "# product").replace("Says", "Tells"))
+    assert code_key(target) == first
+    assert code_key(Target("model.py:Model", folder=target.folder)) == first
+    assert code_key(Target("model:Model", {"a": 1}, target.folder)) != first
+    assert code_key(Target("model:Model", folder=target.folder, optimise=("bf16",))) != first
+    (folder / "helper.py").write_text("FACTOR = 3\n")
+    assert code_key(target) != first
+
+
+def test_a_verdict_holds_for_its_weights(target: Target) -> None:
+    key = code_key(target)
+    store.save({"key": key, "weights": "abc", "mode": "shared"})
+    assert store.find(key, "abc") is not None
+    assert store.find(key, "def") is None
+    store.save({"key": key, "weights": None, "mode": "shared"})  # made anew at each load
+    assert store.find(key, "def") is not None
+
+
+def test_a_damaged_report_is_no_report(target: Target) -> None:
+    file = store.save({"key": code_key(target), "weights": None})
+    file.write_text(json.dumps([1])[:-1])
+    assert store.find(code_key(target)) is None
+
+
+def test_replicas_of_one_model_audit_it_once(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(self: Audit) -> dict[str, Any]:
+        ran.append(self.name)
+        return report()
+
+    monkeypatch.setattr(Audit, "run", run)  # an audit takes half a minute; tests/audit runs real ones
+    found: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(deploy.verdict_of(target, "w"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ran) == 1
+    assert [one["mode"] for one in found] == ["shared"] * 3
+    deploy.verdict_of(target, "other weights")
+    assert len(ran) == 2
+
+
+def test_a_model_without_source_is_said_to_be_unaudited() -> None:
+    found = deploy.verdict_of(Target("nowhere:Model"), "w")
+    assert "no source" in found["failed"]
+    assert deploy.stored_verdict(Target("nowhere:Model"), "w") is None
