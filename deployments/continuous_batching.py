@@ -17,6 +17,7 @@ from deployments.replica import (
     AppFactory,
     ChangeLimits,
     ModelSpec,
+    choose_sharing,
     granted_gpu_share,
     granted_gpus,
     granted_threads,
@@ -48,13 +49,14 @@ class ContinuousBatching:
         context = serve.get_replica_context()
         self._service = ContinuousService(
             context.app_name,
-            front_of(load_class(spec.model), spec.model_args),
+            front_of(load_class(spec.model), spec.model_args, spec.optimise),
             limits,
             replica=context.replica_tag,
             sink=RayEngineMetrics(),
         )
         place = Place(choose_device(granted_gpus()), granted_gpu_share())
         await self._service.start(place, granted_threads(spec.threads))
+        self._service.sharing = await choose_sharing(spec, place.device, self._service.instance)
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -47,6 +47,12 @@ class RayMetrics:
         self._queue_items = Gauge("brimful_queue_items", description="Items waiting now.")
         self._queue_cost = Gauge("brimful_queue_cost", description="Cost waiting now.")
         self._busy = Gauge("brimful_slot_busy_share", description="Share of slots' time in the model.")
+        self._instances = Gauge("brimful_instances", description="Slots that can take a batch now.")
+        self._memory = Gauge("brimful_memory_bytes", description="Resident, or held by torch on a GPU.")
+        self._max_cost = Gauge("brimful_max_batch_cost", description="What a batch may cost now.")
+        self._out_of_memory = Counter(
+            "brimful_out_of_memory_total", description="Batches that ran out of memory or over the budget."
+        )
 
     def observe_batch(self, batch: Batch, report: BatchReport, wait_s: float) -> None:
         self._model.observe(report.model_s)
@@ -59,6 +65,12 @@ class RayMetrics:
         self._queue_items.set(moment.queue_items)
         self._queue_cost.set(moment.queue_cost)
         self._busy.set(moment.slot_busy_share)
+        self._instances.set(moment.held.instances)
+        self._memory.set(moment.held.memory_bytes)
+        if moment.held.max_batch_cost is not None:
+            self._max_cost.set(moment.held.max_batch_cost)
+        if moment.out_of_memory:
+            self._out_of_memory.inc(moment.out_of_memory)
         if moment.batches:
             self._items_total.inc(moment.items)
             self._batches_total.inc(moment.batches)

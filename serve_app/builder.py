@@ -59,7 +59,8 @@ def continuous(args: ContinuousArgs) -> Application:
         max_ongoing_requests=let_in_streams(limits),
         health_check_period_s=5,
     )
-    asked = Asked("exclusive", allow_batch_dependence=args.allow_batch_dependence)
+    shares_steps = args.max_sequences > 1
+    asked = Asked("exclusive", 1, shares_steps, args.allow_batch_dependence, "max_sequences")
     spec = ModelSpec(args.model, args.model_args, asked, args.threads, args.optimise, args.max_error)
     return deployment.bind(spec, limits, make_app, change_stream_limits)
 

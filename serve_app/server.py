@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from serve_app import haproxy_admin, processes
+from serve_app import haproxy_admin, processes, verdicts
 from serve_app.plan import READY_FILE, App, Plan
 
 _PR_SET_PDEATHSIG = 1
@@ -155,6 +155,9 @@ def _parsed(schema: Any, deploy: dict[str, Any]) -> Any:
 def _await_ready(plan: Plan, client: Any, signals: Signals, began: float) -> None:
     """Say each application's name once it answers through the front door."""
     waiting = {app.name: app for app in plan.apps}
+    for entry in plan.deploy["applications"]:
+        if verdicts.is_audited_first(entry, Path.cwd()):
+            say(f"  {entry['name']}: no verdict on its model is stored: it is audited first, up to 1.5 min")
     told = time.monotonic()
     while waiting and not signals.count:
         statuses = {status.name: status for status in client.list_serve_statuses()}
@@ -170,6 +173,8 @@ def _await_ready(plan: Plan, client: Any, signals: Signals, began: float) -> Non
                 told = time.monotonic()
                 at = f"{time.monotonic() - began:5.1f} s"
                 say(f"  {app.name:<12} ready      {at}  {plan.url}{app.prefix}")
+                if app.is_ours and (safety := verdicts.verdict_line(plan.url + app.prefix)):
+                    say(f"      {safety}")
                 say(f"      {app.try_it}")
         if time.monotonic() - told > _QUIET_S:
             told = time.monotonic()

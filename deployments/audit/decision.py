@@ -19,12 +19,13 @@ class BatchingRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the configuration says. batches: it names a batch size of more than one itself."""
+    """What the configuration says. batches: it names a batch size of more than one itself, as `key`."""
 
     safety: str = "auto"
     slots: int = 1
     batches: bool = False
     allow_batch_dependence: bool = False
+    key: str = "max_batch_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,8 @@ def _batch_size(asked: Asked, report: Report, warnings: list[str]) -> int | None
         return None
     if asked.batches and found["holds"] is False:
         raise BatchingRefused(
-            f"max_batch_size: the audit shows that an answer depends on its batch-mates: {found['reason']}. "
-            "Set max_batch_size: 1 (or leave it out), or allow_batch_dependence: true if that is meant"
+            f"{asked.key}: the audit shows that an answer depends on its batch-mates: {found['reason']}. "
+            f"Set {asked.key}: 1, or allow_batch_dependence: true if that is meant"
         )
     warnings.append(f"items run one by one, since {found['reason']}")
     return 1

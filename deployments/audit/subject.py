@@ -75,13 +75,14 @@ class BatchSubject:
         return [(part, self._adapter.postprocess(part)) for part in raw]
 
     def _example(self, item: Input) -> Any:
+        # Each time, though only the change of its first answer counts: it may note on the instance what
+        # forward or postprocess read.
+        example = self._adapter.preprocess(self.examples[item.example])
         if not item.change:
-            return self._adapter.preprocess(self.examples[item.example])
-        known = self._changed.get(item)
-        if known is None:
-            example = self._adapter.preprocess(self.examples[item.example])
-            known = self._changed[item] = CHANGES[item.change](example)
-        return known
+            return example
+        if item not in self._changed:
+            self._changed[item] = CHANGES[item.change](example)
+        return self._changed[item]
 
     def key(self, item: Input) -> Hashable:
         return self._adapter.key(self._example(item))

@@ -19,6 +19,19 @@ RECENT = 2048
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """What a replica holds now. instances: that take batches. failures: batches out of memory since start.
+
+    max_batch_cost: in force; None: items alone bound a batch.
+    """
+
+    instances: int = 1
+    memory_bytes: int = 0
+    failures: int = 0
+    max_batch_cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Moment:
     """What is sent about once a second: gauges now, and what was counted since the last time."""
 
@@ -28,6 +41,8 @@ class Moment:
     items: int
     batches: int
     requests: Mapping[tuple[int, str], int]
+    held: Held
+    out_of_memory: int
 
 
 class MetricsSink(Protocol):
@@ -64,7 +79,7 @@ class Figures:
         self._sizes: deque[int] = deque(maxlen=RECENT)
         self._padding: deque[float] = deque(maxlen=RECENT)
         self._next_sample = self.started
-        self._sent = (self.started, 0.0, 0, 0)  # when, busy_s, items, batches
+        self._sent = (self.started, 0.0, 0, 0, 0)  # when, busy_s, items, batches, out of memory
         self._unsent: Counter[tuple[int, str]] = Counter()
 
     def on_batch(self, batch: Batch, report: BatchReport, queue_waits_s: Sequence[float]) -> None:
@@ -85,19 +100,21 @@ class Figures:
         self.statuses[status] += 1
         self._unsent[status, route] += 1
 
-    def send(self, queue_items: int, queue_cost: float, slots: int) -> None:
+    def send(self, queue_items: int, queue_cost: float, held: Held) -> None:
         """Call about once a second."""
         now = self._clock()
-        then, busy_s, items, batches = self._sent
+        then, busy_s, items, batches, failures = self._sent
         moment = Moment(
             queue_items,
             queue_cost,
-            min(1.0, (self.busy_s - busy_s) / max(1e-9, (now - then) * slots)),
+            min(1.0, (self.busy_s - busy_s) / max(1e-9, (now - then) * max(1, held.instances))),
             self.items - items,
             self.batches - batches,
             self._unsent,
+            held,
+            held.failures - failures,
         )
-        self._sent = (now, self.busy_s, self.items, self.batches)
+        self._sent = (now, self.busy_s, self.items, self.batches, held.failures)
         self._unsent = Counter()
         self._sink.send(moment)
 

@@ -6,6 +6,7 @@ which slot or batch comes next.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from deployments.core.batcher import BatchReport
@@ -18,19 +19,23 @@ from deployments.runtime.slots import Instances, Sharing, Slot
 from deployments.runtime.whole import answer
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How batches of a replica run. max_cost: of what runs together, where `sharing.is_whole`."""
+
+    sharing: Sharing
+    max_cost: float | None = None
+    budget: Budget | None = None
+
+
 class BatchRun:
     """Call it once, on the slot's thread."""
 
     def __init__(
-        self,
-        instances: Instances,
-        slot: Slot,
-        sharing: Sharing,
-        budget: Budget | None,
-        on_device_lost: Callable[[], None],
+        self, instances: Instances, slot: Slot, way: Way, on_device_lost: Callable[[], None]
     ) -> None:
-        self._instances, self._slot, self._sharing = instances, slot, sharing
-        self._budget, self._on_device_lost = budget, on_device_lost
+        self._instances, self._slot, self._way = instances, slot, way
+        self._on_device_lost = on_device_lost
         self._staged: Staged | None = None
         self._padding_share = 0.0
 
@@ -46,12 +51,7 @@ class BatchRun:
                 on_out_of_memory=release_memory,
             )
         out_of_memory = report.out_of_memory
-        if (
-            not out_of_memory
-            and len(examples) > 1
-            and self._budget is not None
-            and self._budget.is_exceeded()
-        ):
+        if not out_of_memory and len(examples) > 1 and self._is_over_budget():
             out_of_memory = [(0, len(examples))]
         return BatchReport(
             results=report.results,
@@ -64,11 +64,11 @@ class BatchRun:
         )
 
     def _is_over_budget(self) -> bool:
-        return self._budget is not None and self._budget.is_exceeded()
+        return self._way.budget is not None and self._way.budget.is_exceeded()
 
     def _forward(self, examples: Sequence[Any]) -> list[Any]:
         slot = self._slot
-        if self._sharing.is_shared:
+        if self._way.sharing.is_shared:
             assert slot.instance is not None
             adapter = slot.instance
         else:
@@ -76,8 +76,8 @@ class BatchRun:
         # Only the whole batch was staged; the halves of a failed one are collated anew.
         staged, self._staged = self._staged, None
         try:
-            if self._sharing.is_whole:
-                return list(answer(adapter, examples, self._sharing.max_batch_cost))
+            if self._way.sharing.is_whole:
+                return list(answer(adapter, examples, self._way.max_cost))
             if staged is not None:
                 return adapter.split(adapter.forward(staged), len(examples))
             collated = adapter.collate(examples)

@@ -23,6 +23,7 @@ from deployments.engine.stream import EngineLoop, Stream
 from deployments.runtime.device import set_threads, usable_cpus
 from deployments.runtime.fronts import Front, Place
 from deployments.runtime.model_thread import ModelThread
+from deployments.runtime.slots import Sharing
 from deployments.runtime.step_curve import warm_up
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class ContinuousService:
         self._tasks: list[asyncio.Task[None]] = []
         self._device = "cpu"
         self._is_warm = False
+        self.sharing = Sharing()
         self.figures = EngineFigures(self._sink, clock, front.sample_s)
 
     # -- start and stop -----------------------------------------------------------------------------
@@ -88,6 +90,11 @@ class ContinuousService:
         engine.forget()
         self._is_warm = True
         self._tasks.append(asyncio.ensure_future(self._push_gauges()))
+
+    @property
+    def instance(self) -> Any:
+        """The user's own object, loaded."""
+        return self._front.instance
 
     def _load(self, place: Place, threads: int | None) -> tuple[Engine, Any]:
         set_threads(threads or usable_cpus())
@@ -302,6 +309,11 @@ class ContinuousService:
             "device": self._device,
             "uptime_s": round(self._clock() - figures.started, 3),
             "in_flight": len(self.loop.streams),
+            "safety": {
+                "mode": self.sharing.mode,
+                "verdict": self.sharing.verdict,
+                "reason": self.sharing.reason,
+            },
             "tasks": len(asyncio.all_tasks()),
             "engine": {
                 "running": engine.running,

@@ -16,7 +16,7 @@ from deployments.core.batcher import BatchReport
 from deployments.core.errors import ModelFailed
 from deployments.core.submission import Batch, Example, Result
 from deployments.runtime.adapter import Adapter
-from deployments.runtime.batch_run import BatchRun
+from deployments.runtime.batch_run import BatchRun, Way
 from deployments.runtime.device import Staged
 from deployments.runtime.memory import Budget
 from deployments.runtime.slots import Growth, Instances, MakeModel, Sharing, Slot
@@ -58,6 +58,7 @@ class ModelExecutor:
     """The Executor of one replica.
 
     make: an unloaded instance. on_slots: told how many batches may run at once whenever that changes.
+    max_batch_cost: bound of what runs together where costs are known on the model thread alone.
     """
 
     def __init__(self, make: MakeModel, *, hop: Hop = direct_hop) -> None:
@@ -79,6 +80,7 @@ class ModelExecutor:
         self.on_slots: Callable[[int], None] = lambda slots: None
         self.has_lost_device = False
         self.renewed = self.hung = 0
+        self.max_batch_cost: float | None = None
 
     # -- start and stop -----------------------------------------------------------------------------
 
@@ -191,7 +193,8 @@ class ModelExecutor:
         staged: tuple[Staged, float] | None,
         on_model_begins: Callable[[], None] = lambda: None,
     ) -> BatchReport:
-        run = BatchRun(self._instances, slot, self._sharing, self._budget, self._on_device_lost)
+        way = Way(self._sharing, self.max_batch_cost, self._budget)
+        run = BatchRun(self._instances, slot, way, self._on_device_lost)
         slot.running = slot.thread.call(lambda: run(examples, staged))
         on_model_begins()
         try:

@@ -40,6 +40,11 @@ class Front(Protocol):
     chunks: Chunks | None
 
     @property
+    def instance(self) -> Any:
+        """The user's own object; after load."""
+        ...
+
+    @property
     def has_lost_device(self) -> bool:
         """The device failed in a way that lasts as long as the process."""
         ...
@@ -79,6 +84,10 @@ class StepFront:
     def __init__(self, model: StepModel) -> None:
         self._model = model
         self.chunks: Chunks | None = model if model.takes_chunks else None
+
+    @property
+    def instance(self) -> Any:
+        return self._model.model
 
     @property
     def has_lost_device(self) -> bool:
@@ -127,6 +136,10 @@ class LanguageFront:
     def __init__(self, model: LanguageModel, optimise: Values[str] = ()) -> None:
         self._model, self._optimise = model, tuple(optimise)
         self._runner: Any = None
+
+    @property
+    def instance(self) -> Any:
+        return self._model
 
     @property
     def has_lost_device(self) -> bool:

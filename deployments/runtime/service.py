@@ -16,7 +16,7 @@ from typing import Any
 from deployments.core.batcher import Batcher
 from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions
 from deployments.core.errors import DeadlinePassed, InternalError, ServingError
-from deployments.core.figures import Figures, MetricsSink, NullSink
+from deployments.core.figures import Figures, Held, MetricsSink, NullSink
 from deployments.core.scheduler import Scheduler
 from deployments.core.submission import Example, Submission
 from deployments.runtime.adapter import Adapter
@@ -100,15 +100,14 @@ class ModelService:
         self._device = device
         threads = threads or usable_cpus()
         adapter = self._adapter_or_none = await self._executor.load(device, threads)
-        self._budget = Budget(device, self._limits.memory, gpu_share)
+        self._memory = self._limits.memory
+        self._budget = Budget(device, self._memory, gpu_share)
         self._budget.check_fits()
-        if self._limits.max_batch_cost is None:
-            self._limits = replace(self._limits, max_batch_cost=adapter.max_batch_cost)
         if decide is None:
             self.sharing = Sharing("pool" if self._limits.slots > 1 else "exclusive", self._limits.slots)
         else:
             self.sharing = await decide(adapter)
-        self._apply_sharing()
+        self._limits = self._in_force(self._limits)
         self._card = adapter.card(self._app_name)
         await self._executor.arrange(self.sharing, threads, self._budget)
         scheduler = Scheduler(self._limits, mates_by_cost=adapter.pads, in_order=self.sharing.in_order)
@@ -119,13 +118,14 @@ class ModelService:
         self.figures = self._batcher.observer = Figures(self._sink, self._clock)
         self._gauges = asyncio.ensure_future(self._push_gauges())
 
-    def _apply_sharing(self) -> None:
-        limits, sharing = self._limits, self.sharing
-        size = min(limits.max_batch_size, sharing.max_batch_size or limits.max_batch_size)
-        self._limits = replace(limits, slots=sharing.slots, max_batch_size=size)
+    def _in_force(self, limits: Limits) -> Limits:
+        """The configured limits within what the model's class and the evidence allow."""
+        sharing = self.sharing
+        cost = self._adapter.max_batch_cost if limits.max_batch_cost is None else limits.max_batch_cost
         if sharing.is_whole:  # costs are known on the model thread alone; the door counts items
-            self.sharing = replace(sharing, max_batch_cost=limits.max_batch_cost)
-            self._limits = replace(self._limits, max_batch_cost=None)
+            self._executor.max_batch_cost, cost = cost, None
+        size = min(limits.max_batch_size, sharing.max_batch_size or limits.max_batch_size)
+        return replace(limits, slots=sharing.slots, max_batch_size=size, max_batch_cost=cost)
 
     @property
     def _adapter(self) -> Adapter:
@@ -134,9 +134,6 @@ class ModelService:
 
     async def _warm_up(self, items: Sequence[Any]) -> None:
         """First requests are as fast as later ones; also learns what may run on the event loop."""
-        if not items:
-            logger.info("no_warm_up app=%s reason=%s", self._app_name, "the model has no examples()")
-            return
 
         def prepare(item: Any) -> tuple[Example | None, ServingError | None]:
             (prepared,) = self._prepare_now([item], RequestOptions())
@@ -145,10 +142,11 @@ class ModelService:
         def finish(submission: Submission) -> list[Outcome]:
             return self._outcomes(submission, RequestOptions())
 
-        first_runs = WarmUp(self.batcher, self._limits, self._budget, prepare, finish)
+        first_runs = self._first_runs = WarmUp(self.batcher, self._limits, self._budget, prepare, finish)
         await first_runs.run(items)
         self._before_s, self._after_s = first_runs.before_s, first_runs.after_s
-        if self._device != "cpu":
+        self.batcher.scheduler.admission.memory.cap = first_runs.dearest(self._budget.bytes)
+        if self._device != "cpu" and first_runs.examples:
             await self._executor.measure_copy(first_runs.examples)
 
     def drain(self) -> None:
@@ -164,13 +162,12 @@ class ModelService:
 
     def change_limits(self, limits: Limits) -> None:
         """Put new limits in force for what comes next; slots can't change in place."""
-        bound = limits.max_batch_cost
-        self._limits = replace(
-            limits,
-            slots=self._limits.slots,
-            max_batch_cost=self._adapter.max_batch_cost if bound is None else bound,
-        )
+        self._limits = self._in_force(limits)
         self.batcher.scheduler.admission.limits = self._limits
+        if limits.memory != self._memory:
+            self._memory = limits.memory
+            self._budget.set(limits.memory)
+            self.batcher.scheduler.admission.memory.cap = self._first_runs.dearest(self._budget.bytes)
 
     def check_health(self) -> None:
         """Raise RuntimeError when a model thread is gone or hangs; reads a heartbeat, runs nothing."""
@@ -183,13 +180,22 @@ class ModelService:
         if self._batcher is not None and busy_s > patience_s:
             raise RuntimeError(f"a batch has been running for {busy_s:.0f} s")
 
+    def _held(self) -> Held:
+        admission = self.batcher.scheduler.admission
+        return Held(
+            self._executor.slots,
+            self._budget.used(),
+            admission.memory.failures,
+            _finite(admission.max_batch_cost),
+        )
+
     async def _push_gauges(self) -> None:
         while True:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
             try:
                 self._executor.give_up_hung(HANG_AFTER_S)
-                self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._limits.slots)
+                self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._held())
             except Exception:  # the loop's outermost edge
                 logger.exception("metrics_failed app=%s", self._app_name)
 

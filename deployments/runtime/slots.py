@@ -31,7 +31,7 @@ class Sharing:
     """How a replica uses its model.
 
     mode: `shared` (one instance for all slots), `pool` (an instance a slot), `processes` or `exclusive` (one
-    slot). max_batch_size, max_batch_cost: what a batch may hold; None: as configured, unbounded.
+    slot). max_batch_size: what the evidence allows in a batch, None: as configured.
     is_whole: a request's way through preprocess, forward and postprocess is one call of one instance, so that
     nothing a model notes on itself meets another item's. in_order: nobody is overtaken.
     """
@@ -39,7 +39,6 @@ class Sharing:
     mode: str = "exclusive"
     slots: int = 1
     max_batch_size: int | None = None
-    max_batch_cost: float | None = None
     is_whole: bool = False
     in_order: bool = False
     verdict: str = ""

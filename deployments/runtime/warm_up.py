@@ -36,12 +36,15 @@ class WarmUp:
         self._prepare, self._finish = prepare, finish
         self.before_s = self.after_s = float("inf")
         self.examples: list[Example] = []
+        self._weighed: list[tuple[float, int]] = []
 
     async def run(self, items: Sequence[Any]) -> None:
         """Raises what the model, or its preprocess, raises."""
         admission = self._batcher.scheduler.admission
         full = min(self._limits.max_batch_size, self._limits.max_queue_items)
-        weighed: list[tuple[float, int]] = []
+        if not items:
+            logger.info("event=no_warm_up reason=%s", "the model has no examples()")
+            return
         for is_measured in (False, True):
             admission.times = BatchTimeModel()  # first runs (allocations, packing) teach nothing
             self.before_s = self.after_s = float("inf")
@@ -49,17 +52,20 @@ class WarmUp:
                 self._budget.reset_peak()
                 cost = await self._run_batch([items[i % len(items)] for i in range(size)])
                 if is_measured:
-                    weighed.append((cost, self._budget.peak()))
-        admission.memory.cap = self._dearest(*weighed) / max(1, self._limits.slots)
+                    self._weighed.append((cost, self._budget.peak()))
 
-    def _dearest(self, one: tuple[float, int], many: tuple[float, int]) -> float:
-        """The cost of a batch that would just fit, by what these took; infinite where they say nothing."""
+    def dearest(self, budget_bytes: int) -> float:
+        """The cost of a batch that would just fit, with the other slots busy alike; infinite where the
+        first runs say nothing of it."""
+        if not self._weighed:
+            return float("inf")
+        one, many = self._weighed
         if many[1] - one[1] < LEAST_BYTES or many[0] <= one[0]:
             return float("inf")
         bytes_per_cost = (many[1] - one[1]) / (many[0] - one[0])
-        dearest = one[0] + (self._budget.bytes - one[1]) / bytes_per_cost
-        logger.info("event=measured_memory bytes_per_cost=%.0f dearest_batch=%.0f", bytes_per_cost, dearest)
-        return max(one[0], dearest)
+        room = (budget_bytes - one[1]) / max(1, self._limits.slots)
+        logger.info("event=measured_memory bytes_per_cost=%.0f room_bytes=%.0f", bytes_per_cost, room)
+        return max(one[0], one[0] + room / bytes_per_cost)
 
     async def _run_batch(self, items: Sequence[Any]) -> float:
         """Its cost."""

@@ -34,6 +34,9 @@ NAMES = (
     "vadws",
     "denoiser",
     "vanish",
+    "unsafe",
+    "pool",
+    "memory",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 

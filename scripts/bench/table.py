@@ -29,6 +29,9 @@ TITLES = {
     "vadws": "silero-vad over WebSocket, 99 % of results within 250 ms: real-time streams",
     "denoiser": "Denoiser of 4-50 steps, Poisson 20/s: mean latency against whole batches",
     "vanish": "1,000 clients connect, stream and vanish",
+    "unsafe": "Unsafe models under `safety: auto`, 10,000 concurrent requests: wrong answers",
+    "pool": "Four MiniLM instances against one: resident memory",
+    "memory": "A memory limit halfway through 5,000 requests of mixed size",
 }
 
 _HEAD = """# Benchmarks
