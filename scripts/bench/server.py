@@ -30,23 +30,25 @@ STOP_TIMEOUT_S = 30.0
 def application(name: str, model: str, **args: Any) -> dict[str, Any]:
     """One entry of ours for config.yaml; `args` are the application's own.
 
-    Half a CPU to Ray's scheduler, so that a few fit on two cores; torch's threads don't follow it. Where a
-    batch size is named and `safety` is not, nothing is audited first: what is measured is the server.
+    Half a CPU to Ray's scheduler, so that a few fit on two cores; torch's threads don't follow it. Its safety
+    is named, so that nothing is audited before a measurement begins.
     """
-    if "max_batch_size" in args:
-        args.setdefault("safety", "shared")
-    return {
-        "name": name,
-        "route_prefix": f"/{name}",
-        "import_path": "serve_app.builder:dynamic",
-        "args": {"model": model, **args},
-        "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}}],
-    }
+    return _entry("dynamic", name, {"model": model, "safety": "shared", **args})
 
 
 def continuous(name: str, model: str, **args: Any) -> dict[str, Any]:
     """The same for a model whose sequences join and leave at every step."""
-    return application(name, model, **args) | {"import_path": "serve_app.builder:continuous"}
+    return _entry("continuous", name, {"model": model, **args})
+
+
+def _entry(builder: str, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "route_prefix": f"/{name}",
+        "import_path": f"serve_app.builder:{builder}",
+        "args": args,
+        "deployments": [{"name": "model", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}}],
+    }
 
 
 def shipped(name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The limit is real (RLIMIT_AS): torch's allocator fails, as it does on a full mac
 from a run of the same load whose `max_batch_cost` was set to the largest that fits from the start.
 """
 
-import asyncio
 import random
 import resource
 import time
@@ -19,9 +18,9 @@ from scripts.bench.report import Report, least, most, say
 
 TARGET = "scripts.bench.unsafe_models:Roomy"
 MIB = 2**20
-ROOM_MIB = 64
-"""Left above what the process has when the limit falls; the largest item takes 24, a batch 256."""
-COST = 256.0
+ROOM_MIB = 28
+"""Left above what the process has when the limit falls; the largest item takes 6, a full batch 96."""
+COST = 384.0
 CLIENTS = 96
 SHARING = Sharing("exclusive", 1)
 
@@ -33,9 +32,9 @@ def run(*, is_short: bool) -> Report:
     say(f"  no limit: {free}")
     shrunk = in_own_process(_Work(requests, ROOM_MIB), TARGET, limits, SHARING)
     say(f"  limit of {ROOM_MIB} MiB more halfway: {shrunk}")
-    told = Limits(max_batch_size=64, max_batch_cost=float(shrunk["allowed_mib"]), max_queue_items=4096)
+    told = Limits(max_batch_size=64, max_batch_cost=float(shrunk["allowed_cost"]), max_queue_items=4096)
     best = in_own_process(_Work(requests, None), TARGET, told, SHARING)
-    say(f"  max_batch_cost {shrunk['allowed_mib']} from the start: {best}")
+    say(f"  max_batch_cost {shrunk['allowed_cost']} from the start: {best}")
     figures = {
         "no_limit": free, "limit_halfway": shrunk, "limit_known": best,
         "failed": shrunk["failed"],
@@ -63,8 +62,7 @@ class _Work:
         began = time.perf_counter()
         third = await closed_loop(service, items[quarter:], CLIENTS)
         seconds = time.perf_counter() - began
-        allowed = self._largest_that_fits(service) if self._room_mib is not None else None
-        await asyncio.sleep(0)
+        allowed = await self._largest_that_fits(service) if self._room_mib is not None else None
         stats = service.stats()
         outcomes = [*first, *second, *third]
         return {
@@ -75,20 +73,24 @@ class _Work:
             "last_quarter_per_s": round(len(third) / seconds, 2),
             "out_of_memory_batches": stats["memory"]["out_of_memory"],
             "learned_max_cost": stats["memory"]["learned_max_cost"],
-            "allowed_mib": allowed,
+            "allowed_cost": allowed,
         }
 
     @staticmethod
-    def _largest_that_fits(service: ModelService) -> int:
-        """By trying the model itself, largest first."""
-        adapter = service._adapter
-        for cost in range(int(COST), 0, -2):
-            try:
-                adapter.forward_batch([cost])
-                return cost
-            except (MemoryError, RuntimeError):
-                continue
-        return 1
+    async def _largest_that_fits(service: ModelService) -> int:
+        """By trying the model itself, largest first, on its own thread."""
+        slot = service._executor._slots[0]
+
+        def search() -> int:
+            for cost in range(int(COST), 0, -2):
+                try:
+                    slot.instance.forward_batch([cost])  # type: ignore[union-attr]
+                    return cost
+                except (MemoryError, RuntimeError):
+                    continue
+            return 1
+
+        return await slot.thread.call(search)
 
 
 def _address_space_bytes() -> int:

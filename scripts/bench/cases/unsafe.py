@@ -22,7 +22,7 @@ def run(*, is_short: bool) -> Report:
     figures: dict[str, Any] = {}
     for name in MODELS:
         target = f"scripts.bench.unsafe_models:{name}"
-        careful = application("careful", target, slots=4)  # safety: auto
+        careful = application("careful", target, slots=4, safety="auto")
         careless = application("careless", target, slots=4, safety="shared", max_batch_size=1)
         with Server(careful, careless) as server:
             figures[name] = {
