@@ -115,7 +115,7 @@ def test_metrics_are_in_rays_prometheus_endpoint(server: Server) -> None:
     discovery = next(folder.rglob("prom_metrics_service_discovery.json"))
     wanted = {
         "queue_wait_seconds", "model_seconds", "batch_items", "batch_cost", "padding_share",
-        "requests_total", "queue_items", "queue_cost", "slot_busy_share",
+        "instances", "memory_bytes", "requests_total", "queue_items", "queue_cost", "slot_busy_share",
         "ttft_seconds", "inter_token_seconds", "step_seconds", "step_units", "step_sequences",
         "sequences_running", "sequences_waiting", "streams_open", "kv_used_share", "prefix_cached_share",
     }  # fmt: skip
