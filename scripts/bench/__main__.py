@@ -37,6 +37,7 @@ NAMES = (
     "unsafe",
     "pool",
     "memory",
+    "tune",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
