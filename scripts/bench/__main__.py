@@ -25,6 +25,8 @@ NAMES = (
     "soak",
     "giveup",
     "tokens",
+    "quantised",
+    "tokens8",
     "stepcpu",
     "arrivals",
     "longprompt",
@@ -37,7 +39,6 @@ NAMES = (
     "unsafe",
     "pool",
     "memory",
-    "tune",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 

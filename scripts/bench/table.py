@@ -20,6 +20,8 @@ TITLES = {
     "soak": "10,000 requests, 1 % each poison, cancelled, late",
     "giveup": "2,000 clients give up after 50 ms, then ordinary load",
     "tokens": "SmolLM2-135M fp32, 24 requests at once, 16 slots: output tokens/s against others",
+    "quantised": "SmolLM2, int8 against fp32 packed, decode in process: tokens/s of 1 and 16 streams",
+    "tokens8": "The same 24 requests over HTTP with `optimise: [int8]`: output tokens/s against others",
     "stepcpu": "CPU outside the model, of a decode step of 16 rows",
     "arrivals": "SmolLM2, Poisson at 0.6 of capacity: mean latency against whole batches",
     "longprompt": "A prompt of 1,500 tokens among 8 streams: longest gap against the usual one",
@@ -32,7 +34,6 @@ TITLES = {
     "unsafe": "Unsafe models under `safety: auto`, 10,000 concurrent requests: wrong answers",
     "pool": "Four MiniLM instances against one: resident memory",
     "memory": "A memory limit halfway through 5,000 requests of mixed size",
-    "tune": "tune's choice against the best of a full grid, and its time (worst of three models)",
 }
 
 _HEAD = """# Benchmarks

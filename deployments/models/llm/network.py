@@ -5,6 +5,7 @@ where keys and values lie (an Attention stores and reads them), sampling. Checke
 Source: Touvron et al., "LLaMA" (2023); transformers' modeling_llama.py and modeling_qwen3.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,33 +28,39 @@ class Attention(Protocol):
         ...
 
 
+class AnyLayer(Protocol):
+    """Layer, or what took its place (int8.py)."""
+
+    def __call__(self, x: torch.Tensor, rotations: torch.Tensor, attend: Attention) -> torch.Tensor: ...
+
+
 class Layer:
-    """One pre-norm layer: [T, H] -> [T, H]. Takes its weights out of `weights`."""
+    """One pre-norm layer: [T, H] -> [T, H]. Takes its weights out of `weights`; int8.py reads its parts."""
 
     def __init__(self, weights: Weights, index: int, shape: DecoderShape) -> None:
-        self._index, self._shape = index, shape
+        self.index, self.shape = index, shape
         prefix = f"model.layers.{index}."
         own = {name[len(prefix) :]: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-        self._norm = RMSNorm(own["input_layernorm.weight"], shape.norm_eps)
-        self._qkv = _merge(own, shape, self._norm)
-        self._head_norm = _HeadNorm(own, shape) if shape.has_qk_norm else None
-        self._out = Linear(own["self_attn.o_proj.weight"], own.get("self_attn.o_proj.bias"))
-        self._ffn_norm = RMSNorm(own["post_attention_layernorm.weight"], shape.norm_eps)
-        gate, up = (self._ffn_norm.fold(own[f"mlp.{name}_proj.weight"]) for name in ("gate", "up"))
-        self._gate = Linear(gate, own.get("mlp.gate_proj.bias"), silu=True)
-        self._up = Linear(up, own.get("mlp.up_proj.bias"))
-        self._down = Linear(own["mlp.down_proj.weight"], own.get("mlp.down_proj.bias"))
+        self.norm = RMSNorm(own["input_layernorm.weight"], shape.norm_eps)
+        self.qkv = _merge(own, shape, self.norm)
+        self.head_norm = _HeadNorm(own, shape) if shape.has_qk_norm else None
+        self.out = Linear(own["self_attn.o_proj.weight"], own.get("self_attn.o_proj.bias"))
+        self.ffn_norm = RMSNorm(own["post_attention_layernorm.weight"], shape.norm_eps)
+        gate, up = (self.ffn_norm.fold(own[f"mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+        self.gate = Linear(gate, own.get("mlp.gate_proj.bias"), silu=True)
+        self.up = Linear(up, own.get("mlp.up_proj.bias"))
+        self.down = Linear(own["mlp.down_proj.weight"], own.get("mlp.down_proj.bias"))
 
     def __call__(self, x: torch.Tensor, rotations: torch.Tensor, attend: Attention) -> torch.Tensor:
-        shape = self._shape
-        heads = self._qkv(self._norm(x)).view(len(x), -1, shape.head_dim)  # [T, heads + 2 * kv_heads, D]
+        shape = self.shape
+        heads = self.qkv(self.norm(x)).view(len(x), -1, shape.head_dim)  # [T, heads + 2 * kv_heads, D]
         rotated = heads[:, : shape.heads + shape.kv_heads]
-        if self._head_norm is not None:
-            rotated.copy_(self._head_norm(rotated))
-        _rotate_(rotated, rotations)
-        x = self._out.plus(attend(self._index, heads), x)
-        normed = self._ffn_norm(x)
-        return self._down.plus(self._up.times(normed, self._gate(normed)), x)
+        if self.head_norm is not None:
+            rotated.copy_(self.head_norm(rotated))
+        rotate_(rotated, rotations)
+        x = self.out.plus(attend(self.index, heads), x)
+        normed = self.ffn_norm(x)
+        return self.down.plus(self.up.times(normed, self.gate(normed)), x)
 
 
 class _HeadNorm:
@@ -69,6 +76,17 @@ class _HeadNorm:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self._size, None, self._eps).mul_(self._weight)
+
+
+class Head:
+    """Hidden states [n, H] -> logits [n, V]."""
+
+    def __init__(self, norm: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        self.norm = RMSNorm(norm, eps)
+        self.linear = Linear(self.norm.fold(weight))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(hidden))
 
 
 class Network:
@@ -92,21 +110,23 @@ class Network:
         self.shape, self.device, self.dtype = shape, torch.device(device), dtype
         self._rotations = rotations.to(device)
         self._words = weights.pop("model.embed_tokens.weight")
-        self._layers = [Layer(weights, i, shape) for i in range(shape.layers)]
-        self._norm = RMSNorm(weights.pop("model.norm.weight"), shape.norm_eps)
-        self._head = Linear(self._norm.fold(weights.pop("lm_head.weight", self._words)))
+        self.layers: list[AnyLayer] = [Layer(weights, i, shape) for i in range(shape.layers)]
+        head = weights.pop("lm_head.weight", self._words)
+        self.head: Callable[[torch.Tensor], torch.Tensor] = Head(
+            weights.pop("model.norm.weight"), head, shape.norm_eps
+        )
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
         """-> [T, H], of the network's dtype."""
         x = F.embedding(ids, self._words)
         rotations = self._rotations[positions].unsqueeze(1)  # [T, 1, D / 2]
-        for layer in self._layers:
+        for layer in self.layers:
             x = layer(x, rotations, attend)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> [n, V] float32."""
-        return self._head(self._norm(hidden)).float()
+        return self.head(hidden).float()
 
 
 def load_network(folder: Path, device: str, dtype: torch.dtype | None = None) -> Network:
@@ -125,7 +145,7 @@ def load_network(folder: Path, device: str, dtype: torch.dtype | None = None) ->
 
 
 def _merge(own: Weights, shape: DecoderShape, norm: RMSNorm) -> Linear:
-    """Queries, keys and values in one product, in the layout that _rotate_ expects."""
+    """Queries, keys and values in one product, in the layout that rotate_ expects."""
     counts = {"q": shape.heads, "k": shape.kv_heads, "v": 0}  # 0: values are not rotated
     weight = torch.cat([_interleave(own[f"self_attn.{n}_proj.weight"], heads) for n, heads in counts.items()])
     bias = None
@@ -145,7 +165,7 @@ def _interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _rotate_(x: torch.Tensor, rotations: torch.Tensor) -> None:
+def rotate_(x: torch.Tensor, rotations: torch.Tensor) -> None:
     """Rotary embedding in place: x [T, n, D] of neighbouring pairs, rotations [T, 1, D / 2] complex64.
 
     One complex product: 6 us for 16 rows, where halves, negation and concatenation took 30.

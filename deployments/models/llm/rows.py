@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from deployments.engine.sequence import Copy, Work
+from deployments.models.llm.attend import RowKernel, SingleTokens
 from deployments.models.llm.config import DecoderShape
 from deployments.models.llm.layout import Layout
 from deployments.models.llm.spans import Span, cut
@@ -44,9 +45,12 @@ class LazyMemory:
 
 
 class RowStore:
-    """Rows of `slots` sequences and a cache of `blocks` blocks, float32."""
+    """Rows of `slots` sequences and a cache of `blocks` blocks, float32.
 
-    def __init__(self, shape: DecoderShape, *, slots: int, blocks: int) -> None:
+    is_fused: single tokens attend by a kernel of our own (attend.py), built where it is wanted.
+    """
+
+    def __init__(self, shape: DecoderShape, *, slots: int, blocks: int, is_fused: bool = False) -> None:
         self._shape = shape
         self._capacity = _capacity(shape)
         per_slot = (shape.layers, 2, shape.kv_heads, self._capacity, shape.head_dim)
@@ -58,6 +62,7 @@ class RowStore:
         self._cache_memory = LazyMemory(size)
         self._cache = self._cache_memory.floats[: blocks * math.prod(per_block)].view(blocks, *per_block)
         self._spans: tuple[tuple[int, ...], list[Span]] = ((), [])
+        self._kernel = RowKernel(self._rows, shape) if is_fused else None
 
     def free(self, slots: Values[int]) -> None:
         for slot in slots:
@@ -79,6 +84,9 @@ class RowStore:
 
     def attention(self, layout: Layout, positions: torch.Tensor) -> "RowAttention":
         """For the rows of one step; positions int64 [T]."""
+        if self._kernel is not None:
+            singles = self._kernel.step(layout.slots()[: layout.singles], positions[: layout.singles])
+            return RowAttention(self._rows, self._shape, layout, positions, singles)
         slots = tuple(work.sequence.slot for work in layout.works[: layout.singles])
         lengths = [work.start + 1 for work in layout.works[: layout.singles]]
         if slots != self._spans[0]:
@@ -88,7 +96,7 @@ class RowStore:
 
 
 class RowAttention:
-    """Attention of one step: singles a span of slots at a time, chunks one by one."""
+    """Attention of one step: singles a span of slots at a time or all in one call, chunks one by one."""
 
     def __init__(
         self,
@@ -96,7 +104,7 @@ class RowAttention:
         shape: DecoderShape,
         layout: Layout,
         positions: torch.Tensor,  # int64 [T]
-        spans: list[Span],
+        singles: list[Span] | SingleTokens,
     ) -> None:
         self._rows, self._shape, self._layout = rows, shape, layout
         self._flat = rows.view(-1, shape.head_dim)
@@ -105,8 +113,11 @@ class RowAttention:
         # Where each row's keys and values of layer 0 go: [T, 2 * kv_heads], in heads of `capacity` tokens.
         starts = layout.slots() * (shape.layers * self._layer_step) + positions
         self._where = starts[:, None] + torch.arange(2 * shape.kv_heads) * capacity
+        spans = singles if isinstance(singles, list) else []
+        self._fused = singles if isinstance(singles, SingleTokens) and layout.singles else None
+        self._stored = layout.singles if self._fused else 0  # rows that the kernel stores itself
         self._spans = [(span, *_bias(span, layout, positions)) for span in spans]
-        self._gaps = _gaps(layout, spans)
+        self._gaps = _gaps(layout, spans) if spans else None
         self._chunks = [
             (first, work, _causal(work.start, work.count))
             for first, work in list(zip(layout.firsts, layout.works, strict=True))[layout.singles :]
@@ -114,8 +125,14 @@ class RowAttention:
 
     def __call__(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
         queries, own = heads[:, : self._shape.heads], heads[:, self._shape.heads :]
-        self._flat[layer * self._layer_step :].index_put_((self._where,), own)
-        parts = self._attend_singles(layer, queries) if self._layout.singles else []
+        if self._stored < len(heads):
+            own = own[self._stored :]
+            self._flat[layer * self._layer_step :].index_put_((self._where[self._stored :],), own)
+        parts: list[torch.Tensor] = []
+        if self._fused is not None:
+            parts.append(self._fused(layer, heads[: self._stored]))
+        elif self._layout.singles:
+            parts += self._attend_singles(layer, queries)
         parts += [self._attend_chunk(layer, queries, *chunk) for chunk in self._chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 
 from deployments.models.llm import pages, rows
+from deployments.models.llm.attend import HEAD_SIZES
 from deployments.models.llm.graphs import Graphed
+from deployments.models.llm.int8 import Int8Head
 from deployments.models.llm.network import Network
 from deployments.models.llm.runner import Eager, LLMRunner
 from deployments.models.llm.sampler import Sampler
@@ -34,7 +36,8 @@ def block_facts(network: Network) -> BlockFacts:
 def make_runner(network: Network, sampler: Sampler, *, slots: int, blocks: int) -> LLMRunner:
     """A runner with memory for `slots` sequences at once and `blocks` blocks."""
     if network.device.type == "cpu":
-        row_store = rows.RowStore(network.shape, slots=slots, blocks=blocks)
+        is_fused = isinstance(network.head, Int8Head) and network.shape.head_dim in HEAD_SIZES
+        row_store = rows.RowStore(network.shape, slots=slots, blocks=blocks, is_fused=is_fused)
         return LLMRunner(Eager(network, row_store), row_store, sampler)
     store = pages.PageStore(network.shape, blocks=blocks, device=network.device, dtype=network.dtype)
     forward = Graphed(network, store, slots=slots) if store.has_kernel else Eager(network, store)

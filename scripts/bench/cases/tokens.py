@@ -13,7 +13,7 @@ from typing import Any
 from scripts.bench import chat
 from scripts.bench.offline import Reference
 from scripts.bench.peers import llama_server, transformers_cb
-from scripts.bench.report import Report, least, say
+from scripts.bench.report import Report, Target, least, say
 from scripts.bench.server import Server
 from scripts.bench.streams import Ask, Heard, listen
 from scripts.bench.turns import Strangers, against_neighbours
@@ -24,9 +24,14 @@ BEGINNING = 24
 
 
 def run(*, is_short: bool) -> Report:
+    targets = [least("ratio.transformers", 3.0), least("ratio.llama", 1.3)]
+    return measure("tokens", chat.application(), targets, is_short=is_short)
+
+
+def measure(name: str, config: dict[str, Any], targets: list[Target], *, is_short: bool) -> Report:
+    """The whole comparison for one form of our application. Targets of missing peers are left out."""
     rounds, count, longest = (1, 4, 32) if is_short else (3, REQUESTS, LONGEST)
     jobs = chat.mix(count, SEED, longest)
-    config = chat.application()
     found: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
     with ExitStack() as stack:
@@ -44,20 +49,20 @@ def run(*, is_short: bool) -> Report:
             ways["llama"] = lambda: _over_http(
                 llama.port, llama_server.PATH, jobs, texts.setdefault("llama", []), cache_prompt=False
             )
-        for name in ("ours", "llama"):
-            if name in ways:
-                ways[name]()  # warm-up; Reference has had its own
+        for way in ("ours", "llama"):
+            if way in ways:
+                ways[way]()  # warm-up; Reference has had its own
         watch = Strangers()
         for number in range(rounds):
-            for name, measure in ways.items():
-                found.setdefault(name, []).append(measure())
+            for way, ask in ways.items():
+                found.setdefault(way, []).append(ask())
             say(f"  round {number + 1}/{rounds}: " + ", ".join(f"{n} {v[-1]:.1f}" for n, v in found.items()))
         found["ours"].append(ways["ours"]())
         strangers_cores = watch.cores()
     return Report(
-        "tokens",
+        name,
         _figures(found, texts) | {"strangers_cores": round(strangers_cores, 3)},
-        [least("ratio.transformers", 3.0)] + ([least("ratio.llama", 1.3)] if "llama" in found else []),
+        [target for target in targets if target.figure.removeprefix("ratio.") in found],
         {
             "application": config["args"],
             "requests": count,
