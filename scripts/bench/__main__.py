@@ -39,6 +39,7 @@ NAMES = (
     "unsafe",
     "pool",
     "memory",
+    "tune",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
