@@ -17,6 +17,7 @@ from deployments.audit.target import Target
 from scripts.tune.points import CouldNotRun, Job, Point, Shape
 from serve_app.config import ContinuousArgs, DynamicArgs
 from serve_app.config_file import MODEL_DEPLOYMENT, ConfigError, check_file
+from serve_app.model_source import missing_methods, read_source
 
 MAY_SHARE = ("shared", "pool")
 LARGEST_BATCH = 1024
@@ -150,10 +151,25 @@ def _class_alone(name: str, inputs: Path | None) -> Application:
     else:
         folder, module = Path.cwd(), path
     try:
-        args = DynamicArgs(model=f"{module}:{class_name}")
+        steps = _is_stepwise(module, class_name, folder)
+        args = (ContinuousArgs if steps else DynamicArgs)(model=f"{module}:{class_name}")
+    except ModuleNotFoundError as error:
+        raise CouldNotRun(f"there is no module {module!r} here") from error
     except ValueError as error:
         raise CouldNotRun(f"{name!r} is not of the form path/to/file.py:Class") from error
     return _application(class_name, args, (str(folder),), inputs, args={"model": args.model}, deployment={})
+
+
+def _is_stepwise(module: str, class_name: str, folder: Path) -> bool:
+    """By its source: importing it would import torch. A class with bases is taken for one with forward."""
+    source = read_source(module, folder)
+    if source is None:
+        return False
+    try:
+        has_steps = not missing_methods(source, class_name, {"begin": "begin", "step": "step"})
+        return has_steps and bool(missing_methods(source, class_name, {"forward": "forward"}))
+    except SyntaxError as error:
+        raise CouldNotRun(f"{module} has a syntax error in line {error.lineno}: {error.msg}") from error
 
 
 def _application(
