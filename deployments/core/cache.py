@@ -29,7 +29,7 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
     for root in _roots():
         if _is_whole(root / name):
             return root / name
-    root = _find_writable()
+    root = cache_folder()
     folder = root / name
     with _locked(root / f".{name}.lock"):
         if _is_whole(folder):  # another process made it while this one waited
@@ -55,7 +55,8 @@ def _roots() -> list[Path]:
     return [Path(home) / "brimful", Path(tempfile.gettempdir()) / f"brimful-{os.getuid()}"]
 
 
-def _find_writable() -> Path:
+def cache_folder() -> Path:
+    """The first place that can be written to. Raises PermissionError that names them all."""
     for root in _roots():
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)

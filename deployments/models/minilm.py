@@ -4,6 +4,7 @@ Owns: text to tokens, pooling, and which models are taken. The network is in ber
 Source: sbert.net, "Pretrained models"; the model's modules.json and 1_Pooling/config.json.
 """
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from deployments.models import int8, onednn
 from deployments.models.bert import BertShape, Ragged, RaggedBert
 from deployments.models.hub import find_folder, read_json
+from deployments.runtime.optimise.found import CantOptimise
+from deployments.runtime.optimise.linears import has_fast_int8
 
 
 class Tokens(NamedTuple):
@@ -28,8 +32,8 @@ class MiniLM:
     """Text -> embedding. Runs ragged: arrival order and mixed lengths cost nothing.
 
     path: a local folder or a Hugging Face id; None: the packaged all-MiniLM-L6-v2 (384 float32,
-    L2-normalised). max_tokens: longer texts are cut, and the answer's `warnings` say so.
-    Safe to share between threads after load.
+    L2-normalised). max_tokens: longer texts are cut, and the answer's `warnings` say so. packed: on a CPU,
+    weights laid out for oneDNN; False leaves plain layers. Safe to share between threads after load.
     """
 
     inputs = (("text", "BYTES", (-1,)),)
@@ -39,10 +43,10 @@ class MiniLM:
     cost_unit = "tokens"
     max_batch_cost = 8192
 
-    def __init__(self, path: str | None = None, max_tokens: int = 256) -> None:
+    def __init__(self, path: str | None = None, max_tokens: int = 256, packed: bool = True) -> None:
         if max_tokens < 3:
             raise ValueError("max_tokens must be at least 3: two are special tokens")
-        self.path, self.max_tokens = path, max_tokens
+        self.path, self.max_tokens, self.packed = path, max_tokens, packed
 
     def load(self, device: str) -> None:
         folder = find_folder(self.path or _packaged())
@@ -62,6 +66,8 @@ class MiniLM:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         self._bert = RaggedBert(weights, shape, device=device, dtype=dtype)
         self._counting = torch.arange(self.max_tokens)
+        if self.packed:
+            self._pack()
         self.outputs = (("embedding", "FP32", (-1, shape.hidden)),)
         self.output_schema = {
             "type": "array",
@@ -69,6 +75,54 @@ class MiniLM:
             "minItems": shape.hidden,
             "maxItems": shape.hidden,
         }
+
+    def optimise(self, variant: str) -> bool:
+        """packed: as by default. int8: ranges calibrated on texts. dynamic_int8: torch's own."""
+        if variant == "packed":
+            return self._pack()
+        if variant == "int8" and self._bert.device.type == "cpu":
+            self._to_int8()
+            return True
+        if variant == "dynamic_int8":
+            return self._to_dynamic_int8()
+        return False
+
+    def _pack(self) -> bool:
+        for layer in self._bert.layers:
+            for name, linear in layer.plain.items():
+                if not onednn.can_pack(linear.weight):
+                    return False
+                layer.products[name] = onednn.PackedLinear(linear.weight, linear.bias, gelu=linear.gelu)
+        return True
+
+    def _to_int8(self) -> None:
+        if not has_fast_int8():
+            raise CantOptimise("it needs a CPU with AVX512-VNNI: elsewhere it is slower than float32")
+        watched = []
+        for layer in self._bert.layers:
+            watched.append({name: int8.Watched(linear) for name, linear in layer.plain.items()})
+            layer.products.update(watched[-1])
+        texts = [*self.examples(), *self._calibration_texts()]
+        examples = [self.preprocess(text) for text in texts]
+        with torch.inference_mode():
+            for begin in range(0, len(examples), 16):
+                self.forward(self.collate(examples[begin : begin + 16]))
+        for layer, seen in zip(self._bert.layers, watched, strict=True):
+            up, down = int8.pair(seen["up"], seen["down"])
+            qkv, out = int8.linear(seen["qkv"]), int8.linear(seen["out"])
+            layer.products.update(qkv=qkv, out=out, up=up, down=down)
+
+    def _to_dynamic_int8(self) -> bool:
+        for layer in self._bert.layers:
+            for name, linear in layer.plain.items():
+                layer.products[name] = int8.Dynamic(linear)
+        return True
+
+    def _calibration_texts(self) -> list[str]:
+        """Texts of the model's own words, in its own language: 48 of 4 to 64 words, always the same."""
+        words = sorted(word for word in self._tokenizer.get_vocab() if word.isalpha() and len(word) > 1)
+        source = random.Random(0)
+        return [" ".join(source.choices(words, k=source.choice((4, 8, 16, 32, 64)))) for _ in range(48)]
 
     def preprocess(self, item: Any) -> Tokens:
         """A string (or its UTF-8 bytes) to tokens. Raises ValueError for anything else."""

@@ -11,6 +11,8 @@ Besides the contract's methods a class may have these, as attributes or methods:
     embeds = True                     one item in, one float vector out: /v1/embeddings fits
     cost_unit = "tokens"              what cost() counts
     max_batch_cost = 4096             its default bound on a batch, in that unit
+    measure = "top1"                  how its variants' answers are compared: cosine, relative, top1,
+                                      agreement; or a method agreement(eager, variant) -> 0 to 1
     optimise(variant) -> bool         after load: apply one of core/variants.py its own way; False: ours
     pads = True                       collate pads: batch-mates of like cost() are preferred
     warning(example)                  -> (type, message) or None: what was done to the item

@@ -11,23 +11,34 @@ import torch
 
 from deployments.core import variants
 from deployments.runtime.model_class import ModelClassError
-from deployments.runtime.optimise import numbers
+from deployments.runtime.optimise import capture, convolutions, linears, numbers
 from deployments.runtime.optimise.found import CantOptimise
 
 Call = Callable[[], Any]
 """One forward of the loaded model on some batch of its examples."""
 
 GENERIC: Mapping[str, Callable[[Any, Sequence[Call]], None]] = {
+    "fuse": convolutions.fuse,
     "bf16": numbers.to_bf16,
     "fp16": numbers.to_fp16,
+    "packed": linears.replacing(linears.PackedLinear),
+    "int8": linears.replacing(linears.Int8Linear),
+    "int8_weights": linears.replacing(linears.Int8Weights),
+    "int4_weights": linears.replacing(linears.Int4Weights, linears.Int4Weights.fits),
+    "dynamic_int8": linears.replacing(linears.DynamicInt8),
+    "channels_last": convolutions.to_channels_last,
+    "torchscript": capture.to_torchscript,
+    "export": capture.to_export,
+    "compile": capture.to_compile,
+    "cuda_graphs": capture.to_cuda_graphs,
 }
 
 
 def apply(instance: Any, names: Sequence[str], device: str, calls: Sequence[Call] = ()) -> None:
     """Change a loaded instance in place; on the model thread, before it serves.
 
-    calls: forwards of the instance, for what is recorded or calibrated from them. Raises ModelClassError that
-    names `optimise` and the variant where it can't be applied.
+    calls: forwards of the instance, for what is recorded from them. Raises ModelClassError that names
+    `optimise` and the variant where it can't be applied.
     """
     try:
         ordered = variants.check(names)
@@ -39,12 +50,9 @@ def apply(instance: Any, names: Sequence[str], device: str, calls: Sequence[Call
             where = " or ".join(variants.VARIANTS[name].devices)
             raise ModelClassError(f"optimise: {name!r} needs {where}; this model runs on {kind}")
         own = getattr(instance, "optimise", None)
-        if own is not None and own(name):
-            continue
         try:
-            if name not in GENERIC:
-                raise CantOptimise("the model would have to bring it, as its method `optimise`")
-            GENERIC[name](instance, calls)
+            if own is None or not own(name):
+                GENERIC[name](instance, calls)
         except CantOptimise as error:
             raise ModelClassError(
                 f"optimise: {name!r} can't be applied to {type(instance).__name__}: {error}"
