@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.budget_s > 0:
         parser.error("--budget-s must be above 0")
     try:
-        target = _target(options)
+        target = target_of(options)
         audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
         report = {**audit.run(), "key": code_key(target)}
     except (AuditFailed, ValueError) as error:
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report["fails"] else 0
 
 
-def _target(options: argparse.Namespace) -> Target:
-    """Raises ValueError that says what to change."""
+def target_of(options: argparse.Namespace) -> Target:
+    """What --target, --config, --model-args and --device name. Raises ValueError that says what to change."""
     try:
         model_args = json.loads(options.model_args)
     except ValueError as error:

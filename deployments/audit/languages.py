@@ -25,6 +25,7 @@ class LanguageSubject:
     pads = False
 
     def __init__(self, model: Any, device: str, optimise: Sequence[str] = ()) -> None:
+        self.tokens = TOKENS
         model.load(device)
         apply(model, optimise, device)
         self.instance, self._model = model, model
@@ -57,7 +58,7 @@ class LanguageSubject:
             raise ValueError("prompts are not changed")
         request = self._model.read_item(self.examples[item.example])
         sampling = Sampling(temperature=0.0, top_logprobs=2)
-        return dataclasses.replace(request, max_tokens=TOKENS, sampling=sampling, ignore_eos=True)
+        return dataclasses.replace(request, max_tokens=self.tokens, sampling=sampling, ignore_eos=True)
 
     def key(self, item: Any) -> Hashable:
         return ""

@@ -177,9 +177,9 @@ def _times(value: Any, factor: float) -> Any:
     return _changed(value, lambda array: array * factor if array.is_floating_point() else array)
 
 
-def _other(value: Any) -> Any:
+def _other(value: Any, seed: int = 7) -> Any:
     """Other values of the same shapes: floats of the same mean and spread, whole numbers in another order."""
-    source = torch.Generator().manual_seed(7)
+    source = torch.Generator().manual_seed(seed)
 
     def change(array: torch.Tensor) -> torch.Tensor:
         if array.numel() == 0:
@@ -207,6 +207,7 @@ CHANGES: Mapping[str, Callable[[Any], Any]] = {
     "x100": partial(_times, factor=100.0),
     "x-100": partial(_times, factor=-100.0),
     "other": _other,
+    **{f"other{seed}": partial(_other, seed=seed) for seed in range(1, 9)},
 }
 
 

@@ -25,7 +25,7 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Input:
     """One item: an example by its number, as it is ("") or changed: "x100" and "x-100" (its floats times
-    that: an outlier), "other" (other values of the same shapes).
+    that: an outlier), "other" and "other1" to "other8" (other values of the same shapes).
     """
 
     example: int

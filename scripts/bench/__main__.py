@@ -40,6 +40,7 @@ NAMES = (
     "pool",
     "memory",
     "tune",
+    "variants",
 )
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 

@@ -30,6 +30,7 @@ TITLES = {
     "vadengine": "silero-vad in the engine: real-time streams",
     "vadws": "silero-vad over WebSocket, 99 % of results within 250 ms: real-time streams",
     "denoiser": "Denoiser of 4-50 steps, Poisson 20/s: mean latency against whole batches",
+    "variants": "Variants of MiniLM and EfficientNet-Lite0 against plain eager, one process, taking turns",
     "vanish": "1,000 clients connect, stream and vanish",
     "unsafe": "Unsafe models under `safety: auto`, 10,000 concurrent requests: wrong answers",
     "pool": "Four MiniLM instances against one: resident memory",
