@@ -20,8 +20,8 @@ REQUESTS = 250
 LEAST_S, MOST_S = 1.5, 8.0
 NARROW = 1.08
 """Bounds of the rate no further apart than this are one rate."""
-HOPELESS = 0.02
-"""Of the capacity: below it the bound can't be met at all."""
+HOPELESS = 0.05
+"""Of the capacity: who is late there is late at any rate that is worth having."""
 
 
 @dataclass(slots=True)
@@ -71,18 +71,22 @@ class RateSearch:
         low, high, alive, kept = 0.0, 1.05 * capacity, list(points), list[Point]()
         rate = 0.7 * capacity
         while high > NARROW * max(low, HOPELESS * capacity):
+            # Far down a probe takes long: is there any rate at all that the quickest can carry?
+            asked = alive if low or rate > HOPELESS * capacity else alive[:2]
             try:
-                passed = [point for point in alive if self.probe(point, rate)]
+                passed = [point for point in asked if self.probe(point, rate)]
             except OutOfBudget:
                 if not kept:
                     raise
                 break
             if passed:
                 low, kept = rate, passed
-                alive = passed
+                alive = passed if asked is alive else alive
             else:
                 self.high = high = rate
             rate = math.sqrt(low * high) if low else 0.6 * high
+            if not low and rate < 0.3 * capacity:
+                rate = HOPELESS * capacity
         return kept, low
 
 

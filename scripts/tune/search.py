@@ -25,10 +25,10 @@ RISING = 1.06
 BEHIND = (0.80, 0.88, 0.92, 0.94)
 """After so many rounds, who is below this part of the leader drops out: a look's own noise is 5 to 10 % on a
 shared machine, and shrinks with the root of the rounds."""
-FAR_BEHIND = 0.6
-"""Below this part of the leader one look is enough."""
 ROUNDS = 4
 CONFIRM_ROUNDS = 9
+SURE_ROUNDS = 3
+"""An interval of two pairs is too wide to say anything."""
 LEAST_ROUNDS = 4
 CLEARLY = 1.10
 """Replicas double the memory and the processes: less than this isn't worth it."""
@@ -168,7 +168,7 @@ class Search:
                     self._say(f"{point.shape.text()}, batch {point.batch}: {self._text(point)}")
             alive = _still_in(race, alive, number)
             leader = race.leader()
-            if len(alive) == 1 or (number + 1 >= LEAST_ROUNDS and _is_decided(race, alive, leader)):
+            if len(alive) == 1 or (number + 1 >= SURE_ROUNDS and _is_decided(race, alive, leader)):
                 break
         return race
 
@@ -216,7 +216,7 @@ def _still_in(race: Race, alive: Sequence[Point], number: int) -> list[Point]:
     times = {point: race.over(point, leader).times for point in alive}
     second = max((times[point] for point in alive if point != leader), default=0.0)
     bound = BEHIND[min(number, len(BEHIND) - 1)]
-    if number + 1 < LEAST_ROUNDS and second >= FAR_BEHIND:
+    if number + 1 < SURE_ROUNDS:
         bound = min(bound, second)
     return [point for point in alive if times[point] >= bound]
 

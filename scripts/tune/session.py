@@ -66,10 +66,16 @@ class Session:
 
     def _value(self, look: Look) -> float:
         """Of a continuous application whose gaps are bounded: what breaks the bound is worth nothing."""
-        is_late = (
-            self.app.job.is_continuous and self.wish.objective == "latency" and look.p99_ms > self.wish.p99_ms
-        )
-        return 0.0 if look.ran_out or is_late else look.rate
+        return 0.0 if look.ran_out or self._is_late(look) else look.rate
+
+    def _is_late(self, look: Look) -> bool:
+        is_bounded = self.app.job.is_continuous and self.wish.objective == "latency"
+        return is_bounded and look.p99_ms > self.wish.p99_ms
+
+    def keeps_bound(self, point: Point) -> bool:
+        """In most looks at it; always True where there is no bound."""
+        looks = self.search.looks.get(point, [])
+        return 2 * sum(self._is_late(look) for look in looks) <= len(looks)
 
     @property
     def most_batch(self) -> int:

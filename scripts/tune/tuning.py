@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from scripts.tune.certainty import Ratio
-from scripts.tune.changes import changes_of
+from scripts.tune.changes import REASONS, changes_of
 from scripts.tune.points import CouldNotRun, OutOfBudget, Point
 from scripts.tune.result import Result
 from scripts.tune.search import CLEARLY
@@ -22,8 +22,8 @@ COSTS = (2.0, 4.0)
 """Times the bound, where that is what keeps batches small."""
 TOKENS = (64.0, 128.0, 256.0, 512.0, 1024.0)
 """Of a language model's step."""
-LEAST_SLOTS_GAIN = 1.01
-"""More slots or other threads cost little; the last comparison says whether the gain is real."""
+LIKELY = 1.05
+"""So much faster in a race of few rounds is taken though it isn't sure: the last comparison has more."""
 LEAST_GAIN = 1.03
 """For less than this a bound that is there for memory stays."""
 
@@ -67,8 +67,10 @@ class Tuning(Session):
                 return best
             race = self.search.race([*points, best])
             winner = race.leader()
-            if winner == best or race.over(winner, best).times < LEAST_SLOTS_GAIN:
-                self._explain_shape(best, points, race.over)
+            sure = race.over(winner, best)
+            if winner == best or not (sure.is_better or sure.times > LIKELY):
+                if "shape" not in self._reasons:
+                    self._explain_shape(best, points, race.over)
                 return best
             self._explain_shape(winner, [p for p in (best, *points) if p != winner], race.over)
             best = winner
@@ -160,28 +162,46 @@ class Tuning(Session):
         result.chosen = chosen
         self.finish_curves()
         if chosen == start:
-            looks = self.search.looks.get(start, [])
-            result.decided = len(looks) >= 2
-            result.why = f"the config's values stay: nothing that was tried is faster ({self.shown(start)})"
-            if not result.decided:
-                result.why = self.too_little()
+            result.decided = len(self.search.looks.get(start, [])) >= 2
+            stays = f"the config's values stay: nothing that was tried is faster ({self.shown(start)})"
+            result.why = stays if result.decided else self.too_little()
+        elif not self._compare(chosen):
+            result.chosen, result.why = start, self.too_little()
+        if self.keeps_bound(result.chosen):
             return
+        result.chosen, result.changes, result.decided = start, [], False
+        result.why = (
+            f"no setting that was tried keeps the gaps within {self.wish.p99_ms:g} ms: the config's values "
+            f"stay; {self.app.batch_key} {min(p.batch for p in self.search.looks)} is the least: allow more "
+            "(--p99-ms)"
+        )
+
+    def _compare(self, chosen: Point) -> bool:
+        """Once more with the config's values, in turns; False where there is no time left for it."""
+        result, start = self.result, self.app.start
         try:
             self.say("the choice against the config's values, in turns")
             sure = self.search.compare(chosen, start)
         except (OutOfBudget, CouldNotRun):
-            result.chosen, result.why = start, self.too_little()
-            return
-        result.gain = {"times": round(sure.times, 3), "low": round(sure.low, 3), "high": round(sure.high, 3)}
+            return False
         result.rate, result.now_rate = self.median(chosen), self.median(start)
-        if not sure.is_better:
-            result.chosen = start
-            result.decided = sure.high < 1.1 or sure.is_flat(0.05)
-            result.why = (
-                f"the config's values stay: batch {chosen.batch}, {chosen.shape.text()} is not surely "
-                f"faster, {sure.text()}"
-            )
-            return
-        result.decided = True
-        result.why = f"{self.shown(chosen)}: {sure.text()} what the config's values give"
-        result.changes = changes_of(self.app, chosen, self._reasons)
+        if not self.keeps_bound(start):
+            result.decided = True
+            within = f"gaps within {self.wish.p99_ms:g} ms"
+            result.why = f"{self.shown(chosen)} with {within}, which the config's values don't keep"
+            self._reasons = dict.fromkeys(REASONS, f"keeps p99 of the gaps within {self.wish.p99_ms:g} ms")
+            result.changes = changes_of(self.app, chosen, self._reasons)
+            return True
+        result.gain = {"times": round(sure.times, 3), "low": round(sure.low, 3), "high": round(sure.high, 3)}
+        if sure.is_better:
+            result.decided = True
+            result.why = f"{self.shown(chosen)}: {sure.text()} what the config's values give"
+            result.changes = changes_of(self.app, chosen, self._reasons)
+            return True
+        result.chosen = start
+        result.decided = sure.high < 1.1 or sure.is_flat(0.05)
+        result.why = (
+            f"the config's values stay: batch {chosen.batch}, {chosen.shape.text()} is not surely faster, "
+            f"{sure.text()}"
+        )
+        return True
