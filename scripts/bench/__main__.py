@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from scripts.bench.kinds_table import write_kinds
 from scripts.bench.report import say
 from scripts.bench.table import write_table
 
@@ -97,6 +98,9 @@ def _folder(options: argparse.Namespace) -> Path:
 def _table() -> int:
     path = write_table(DOCS)
     say(f"wrote docs/benchmarks/{path.name}")
+    kinds = write_kinds(DOCS.parent)
+    if kinds is not None:
+        say(f"wrote docs/explanation/{kinds.name}")
     return 0
 
 

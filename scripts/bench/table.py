@@ -52,7 +52,7 @@ measurements of one run that took turns. The client runs on the same cores as th
 def write_table(docs: Path) -> Path:
     """Write README.md into `docs` from the results in it; returns its path."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((docs / "results").glob("*.json"))}
-    results = {name: result for name, result in found.items() if "benchmark" in result}
+    results = {name: result for name, result in found.items() if "hardware" in result}
     notes = docs / "notes.md"
     path = docs / "README.md"
     path.write_text(render(results, notes.read_text() if notes.exists() else ""))
