@@ -93,13 +93,16 @@ def granted_threads(asked: int | None) -> int | None:
 
 
 async def choose_sharing(spec: ModelSpec, device: str, instance: Any) -> Sharing:
-    """How the loaded model may be used: by its stored verdict, or under `auto` by one made now.
+    """How the loaded model may be used: by its stored verdict, or under `auto` by one made now; its variants
+    are verified first.
 
-    Raises BatchingRefused.
+    Raises BatchingRefused, VariantRefused.
     """
     folder = str(Path(inspect.getfile(type(instance))).parents[spec.model.count(".")])
     target = Target(spec.model, spec.model_args, folder, device, spec.optimise)
     weights = await asyncio.to_thread(digest_of, instance)
+    if spec.optimise:
+        await asyncio.to_thread(deploy.check_variants, target, weights, spec.max_error)
     verdict = deploy.verdict_of if spec.asked.safety == "auto" else deploy.stored_verdict
     report = await asyncio.to_thread(verdict, target, weights)
     decision = decide(spec.asked, report)

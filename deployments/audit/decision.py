@@ -54,6 +54,8 @@ def decide(asked: Asked, report: Report | None) -> Decision:
             f"slots: 1 is used of {asked.slots}, since the audit says {mode}; for more at once set slots: 1 "
             f"and num_replicas: {asked.slots} in the deployment"
         )
+    elif slots > 1:
+        warnings += _without_gain(report, mode)
     size = _batch_size(asked, report, warnings)
     sharing = Sharing(
         mode,
@@ -85,6 +87,22 @@ def _without_evidence(asked: Asked, report: Report | None) -> Decision:
         reason=f"safety: {asked.safety} in the configuration",
     )
     return Decision(sharing)
+
+
+LEAST_GAIN = 1.05
+"""Of a second slot, by the audit's measurement; less is lost in what two runs differ by."""
+
+
+def _without_gain(report: Report, mode: str) -> list[str]:
+    """Where one process has nothing left for a second slot: the interpreter's lock, or all cores in use."""
+    name = "two_threads_one_instance" if mode == "shared" else "pool_of_2"
+    gain = report.get("measured", {}).get("speed_up", {}).get(name)
+    if gain is None or gain >= LEAST_GAIN:
+        return []
+    return [
+        f"slots: a second one gained {gain:g} times when it was measured; bigger batches, or replicas "
+        "(num_replicas) instead of slots, use the machine better (brimful tune measures it)"
+    ]
 
 
 _RANK = {"shared": 0, "pool": 1, "processes": 2, "exclusive": 3}

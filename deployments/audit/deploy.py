@@ -7,16 +7,53 @@ Ray, how an audit works, what a verdict is used for.
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from deployments.audit import store
 from deployments.audit.audit import Audit, AuditFailed
 from deployments.audit.identity import code_key
 from deployments.audit.target import Target
+from deployments.audit.variant import verify
 
 logger = logging.getLogger(__name__)
 
 BUDGET_S = 60.0
+
+
+class VariantRefused(Exception):
+    """What `optimise` asks for is not right enough, or not faster; the message has the figures."""
+
+
+def check_variants(
+    target: Target, weights: str, max_error: float | None, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """The verification of a target's variants, stored or made now. Raises VariantRefused.
+
+    weights: of the model with its variants applied.
+    """
+    try:
+        key = f"{code_key(target)}-variant-{max_error}"
+    except (OSError, ValueError, SyntaxError) as error:
+        raise VariantRefused(f"optimise: can't be verified: {error}") from error
+    with store.making():
+        found = store.find(key, weights)
+        if found is None:
+            logger.info("event=variant_begins model=%s optimise=%s", target.model, list(target.optimise))
+            plain = replace(target, optimise=())
+            found = {**verify(plain, target.optimise, max_error, progress), "key": key, "weights": weights}
+            store.save(found)
+    said = "accepted" if found["accepted"] else "refused"
+    logger.info(
+        "event=variant model=%s optimise=%s %s: %s",
+        target.model,
+        list(target.optimise),
+        said,
+        found["reason"],
+    )
+    if not found["accepted"]:
+        raise VariantRefused(f"optimise: {list(target.optimise)} is refused: {found['reason']}")
+    return found
 
 
 def stored_verdict(target: Target, weights: str) -> dict[str, Any] | None:
@@ -42,7 +79,7 @@ def verdict_of(
         key = code_key(target)
     except (OSError, ValueError, SyntaxError) as error:
         return {"failed": str(error)}
-    with store.making(key):
+    with store.making():
         known = store.find(key, weights)
         if known is not None:
             return known

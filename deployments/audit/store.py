@@ -60,10 +60,11 @@ def find_race(replay: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 @contextmanager
-def making(key: str) -> Iterator[None]:
-    """Hold this while a report is made: others who want the same one wait for it."""
+def making() -> Iterator[None]:
+    """Hold this while a report is looked for and made: whoever wants the same one waits for it, and whoever
+    wants another, too, since audits that share cores find less in their time."""
     folder().mkdir(parents=True, exist_ok=True)
-    with (folder() / f"{key}.lock").open("w") as lock:
+    with (folder() / "making.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process
         yield
 

@@ -71,6 +71,15 @@ def test_batches_that_were_asked_for_are_refused_where_mates_matter() -> None:
     assert "why batch_invariant" in allowed.warnings[0]
 
 
+def test_slots_that_gain_nothing_are_said_to() -> None:
+    found = report("pool") | {"measured": {"speed_up": {"pool_of_2": 0.97}}}
+    (warning,) = decide(Asked(slots=2), found).warnings
+    assert "gained 0.97 times" in warning
+    assert "num_replicas" in warning
+    assert not decide(Asked(slots=1), found).warnings
+    assert not decide(Asked(slots=2), found | {"measured": {"speed_up": {"pool_of_2": 1.4}}}).warnings
+
+
 def test_padding_that_matters_is_a_batch_that_matters() -> None:
     found = report(batching="per_item", padding_invariant=False)
     with pytest.raises(BatchingRefused, match="why padding_invariant"):
