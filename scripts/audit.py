@@ -85,7 +85,8 @@ def target_of(options: argparse.Namespace) -> Target:
         return Target(options.target, model_args, str(Path.cwd()), options.device)
     args = _application(options.target, Path(options.config))
     folder = str(Path(options.config).resolve().parent)
-    return Target(args["model"], {**args.get("model_args", {}), **model_args}, folder, options.device)
+    known = {**(args.get("model_args") or {}), **model_args}
+    return Target(args["model"], known, folder, options.device, tuple(args.get("optimise") or ()))
 
 
 def _application(name: str, config: Path) -> dict[str, Any]:
