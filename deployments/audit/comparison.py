@@ -1,8 +1,9 @@
 """One phase of its own process: an optimised model beside the same one without, on the same calls.
 
 Owns: which calls, the error of an answer by the task's measure, times taken in turns. Must not know: what is
-allowed; variant.py decides. The model may say how its answers compare, by `measure` ("cosine", "relative",
-"top1", "agreement") or a method `agreement(eager_output, variant_output)`, 1 where they agree in full.
+allowed; variant.py decides. The model may say how its answers compare: by `measure` ("cosine", "relative",
+"top1", "agreement"), by a method `agreement(eager_output, variant_output)`, 1 where they agree in full, or as
+a whole, by `compare(variant)` on the eager instance: {"measure", "mean_error", "worst_error", ...}.
 """
 
 import math
@@ -44,21 +45,29 @@ def compare(say: Say, target: Target, names: tuple[str, ...], seconds: float, si
         if hasattr(subject, "tokens"):
             subject.tokens = TOKENS
     singles, large = _calls(eager, size)
-    measure = _measure_of(eager, singles[0])
-    say(f"errors, by {measure}")
-    errors = [error for call in (*singles, large) for error in _errors(eager, other, call, measure)]
+    say("errors")
+    own = getattr(eager.instance, "compare", None)
+    found = own(other.instance) if own is not None else _compared(eager, other, [*singles, large])
     say("times, in turns")
     speedup = _times(eager, other, large, seconds)
     speedup_of_one = _times(eager, other, singles[0], seconds / 4)
+    return {
+        **found,
+        "batch_size": len(large),
+        "speedup": round(speedup, 3),
+        "speedup_of_one": round(speedup_of_one, 3),
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def _compared(eager: Subject, other: Subject, calls: list[Batch]) -> dict[str, Any]:
+    measure = _measure_of(eager, calls[0])
+    errors = [error for call in calls for error in _errors(eager, other, call, measure)]
     return {
         "measure": measure,
         "mean_error": mean(errors),
         "worst_error": max(errors),
         "answers": len(errors),
-        "batch_size": len(large),
-        "speedup": round(speedup, 3),
-        "speedup_of_one": round(speedup_of_one, 3),
-        "versions": {"torch": torch.__version__},
     }
 
 

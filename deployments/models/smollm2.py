@@ -18,6 +18,7 @@ from deployments.models.llm.gguf import LAYOUT, convert
 from deployments.models.llm.int8 import quantise
 from deployments.models.llm.items import ITEM_SCHEMA, OUTPUT_SCHEMA, make_answer, read_item
 from deployments.models.llm.network import load_network
+from deployments.models.llm.quality import compare
 from deployments.models.llm.sampler import Sampler
 from deployments.models.llm.stores import block_facts, make_runner
 from deployments.runtime.optimise.found import CantOptimise
@@ -60,6 +61,20 @@ class SmolLM2:
         quantise(self.network)
         return True
 
+    def compare(self, variant: "SmolLM2") -> dict[str, Any]:
+        """How far the variant's logits are from this model's after each token of a text that both read."""
+        requests = [GenerationRequest(prompt=_TEXT, max_tokens=1), *map(self.read_item, self.examples())]
+        texts = [self.prepare(request)[0].tokens for request in requests]
+        found = compare(self.network, variant.network, texts)
+        return {
+            "measure": "cosine of logits",
+            "mean_error": 1.0 - found.mean_cosine,
+            "worst_error": 1.0 - found.worst_cosine,
+            "agreement": found.agreement,
+            "perplexity": list(found.perplexity),
+            "answers": found.places,
+        }
+
     @property
     def context_tokens(self) -> int:
         """Prompt and output together; who has less KV memory than the model has context sets it lower."""
@@ -87,6 +102,15 @@ class SmolLM2:
             "Write one sentence about the sea.",
             {"messages": question, "max_tokens": 16, "temperature": 0},
         ]
+
+
+_TEXT = """Rain had fallen all night, and by morning the river stood at the second step of the landing.
+Anna counted the boats: seven, where yesterday there had been nine. "They were tied up well," her brother
+said, but he did not sound sure. A gauge on the bridge pier showed 3.4 metres, 60 centimetres more than
+in the spring of 1987, when the mill was lost. At the school they were already carrying books up to the
+first floor. Water doesn't argue; it looks for the lowest place, finds it, and waits there until somebody
+has to move."""
+"""What variants read beside the examples."""
 
 
 def shipped() -> Path:

@@ -27,7 +27,7 @@ TEXTS, IMAGES = 32, 16
 
 def run(*, is_short: bool) -> Report:
     threads = set_threads()
-    rounds = 4 if is_short else 24
+    rounds = 4 if is_short else 16
     with torch.inference_mode():
         figures = {"minilm": _minilm(rounds, is_short), "efficientnet": _efficientnet(rounds, is_short)}
     return Report(
