@@ -18,7 +18,7 @@ from scripts.bench.server import Server
 from scripts.bench.streams import Ask, Heard, listen
 from scripts.bench.turns import Strangers, against_neighbours
 
-REQUESTS, LONGEST, SEED = 24, 256, 7
+ROUNDS, REQUESTS, LONGEST, SEED = 3, 24, 256, 7
 BEGINNING = 24
 """Characters of a text that are compared between servers: later, near ties between logits part them."""
 
@@ -30,7 +30,7 @@ def run(*, is_short: bool) -> Report:
 
 def measure(name: str, config: dict[str, Any], targets: list[Target], *, is_short: bool) -> Report:
     """The whole comparison for one form of our application. Targets of missing peers are left out."""
-    rounds, count, longest = (1, 4, 32) if is_short else (3, REQUESTS, LONGEST)
+    rounds, count, longest = (1, 4, 32) if is_short else (ROUNDS, REQUESTS, LONGEST)
     jobs = chat.mix(count, SEED, longest)
     found: dict[str, list[float]] = {}
     texts: dict[str, list[str]] = {}
