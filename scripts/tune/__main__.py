@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grid", action="store_true", help="measure every combination instead: slow, to compare"
     )
+    parser.add_argument("--no-variants", action="store_true", help="leave `optimise` as it is")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--write", action="store_true", help="put the lines into the config file")
     options = parser.parse_args(argv)
@@ -93,7 +94,9 @@ def _tune(app: Application, options: argparse.Namespace) -> int:
     crew, others = Crew(app.job, max(LEAST_START_S, 2.0 * options.budget_s)), Others()
     is_by_rate = options.objective == "latency" and not app.job.is_continuous
     kind: type[Session] = Grid if options.grid else ByRate if is_by_rate else Tuning
-    tuning = kind(app, Wish(options.objective, options.p99_ms), crew, budget, progress.say)
+    tuning = kind(
+        app, Wish(options.objective, options.p99_ms, not options.no_variants), crew, budget, progress.say
+    )
     is_whole = False
     try:
         for hint in app.hints:

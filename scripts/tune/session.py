@@ -21,10 +21,11 @@ LARGEST_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """objective: "throughput" or "latency". p99_ms: what latency may be."""
+    """objective: "throughput" or "latency". p99_ms: what latency may be. with_variants: try `optimise`."""
 
     objective: str = "throughput"
     p99_ms: float = 100.0
+    with_variants: bool = True
 
 
 class Session:

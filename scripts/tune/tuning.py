@@ -15,6 +15,7 @@ from scripts.tune.points import CouldNotRun, OutOfBudget, Point
 from scripts.tune.result import Result
 from scripts.tune.search import CLEARLY
 from scripts.tune.session import BUSY, Session
+from scripts.tune.verified import TAKES_S, promising, verified
 
 NEAR = 0.95
 """Batch sizes within this part of the best of a curve of single looks are looked at again, in turns."""
@@ -51,7 +52,7 @@ class Tuning(Session):
         self.open([self.app.start.shape])  # a size that ended its process ended the curve
         shaped = self._shape(best)
         best = self._batch(shaped, is_new=shaped.shape != best.shape)
-        self._replicas(self._cost(best))
+        self._replicas(self._variant(self._cost(best)))
 
     def _shape(self, best: Point) -> Point:
         """Slots and threads: uphill, a step at a time."""
@@ -120,6 +121,32 @@ class Tuning(Session):
 
     def _is_full(self, point: Point) -> bool:
         return self.search.looks[point][-1].size >= 0.9 * point.batch
+
+    def _variant(self, best: Point) -> Point:
+        """Variants of the model, each alone; the fastest that the audit lets serve."""
+        names = promising(self.result.device, best.shape.variant) if self.wish.with_variants else []
+        shapes = [replace(best.shape, variant=name) for name in names]
+        self.open(shapes)
+        points = [best.with_shape(shape) for shape in shapes if self.crew.is_open(shape)]
+        if not points:
+            return best
+        race = self.search.race([best, *points])
+        for point in sorted(points, key=lambda point: -race.over(point, best).times):
+            sure = race.over(point, best)
+            name = "+".join(point.shape.variant)
+            if not sure.is_better or sure.times < LEAST_GAIN:
+                break
+            self.budget.need(TAKES_S)
+            self.crew.keep([best.shape, point.shape, self.app.start.shape])
+            found = verified(self.app, point, self.result.device, self.say)
+            if found["accepted"]:
+                self._reasons["variant"] = f"{sure.text()} what the plain model gives; {found['reason']}"
+                self.result.chosen = point
+                return point
+            self.result.notes.append(
+                f"optimise: [{name}] would be {sure.text()} as fast, but {found['reason']}"
+            )
+        return best
 
     def _replicas(self, best: Point) -> None:
         """Two processes on the device, with its threads shared; for a clear gain only."""

@@ -103,7 +103,9 @@ def _tuned(name: str, config: Path, budget_s: float, *, is_grid: bool) -> Any:
     crew, others = Crew(app.job), Others()
     try:
         kind: type[Session] = Grid if is_grid else Tuning
-        result = kind(app, Wish(), crew, Budget(budget_s), lambda text: say(f"    {text}")).run()
+        result = kind(
+            app, Wish(with_variants=False), crew, Budget(budget_s), lambda text: say(f"    {text}")
+        ).run()
     finally:
         crew.close()
     result.seconds = time.monotonic() - began
