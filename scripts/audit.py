@@ -5,6 +5,8 @@ TARGET is path/to/file.py:Class (your model class, an nn.Module, or a function t
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +17,10 @@ import yaml
 
 from deployments.audit import report as reports
 from deployments.audit import store
-from deployments.audit.audit import Audit, AuditFailed
+from deployments.audit.audit import PHASES, Audit, AuditFailed
 from deployments.audit.identity import code_key
 from deployments.audit.process import run_phase
-from deployments.audit.target import Target
+from deployments.audit.target import Known, Target
 
 _EXAMPLES = """
 examples:
@@ -30,6 +32,9 @@ examples:
 
 Exit status: 0 as safe as tested, 1 something fails, 2 it could not run.
 """
+
+
+REPLAY_S = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         target = target_of(options)
         audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
-        report = {**audit.run(), "key": code_key(target)}
-    except (AuditFailed, ValueError) as error:
+        report = {**audit.run(), "key": _key(target)}
+    except KeyboardInterrupt:
+        print("audit: stopped", file=sys.stderr)
+        return 130
+    except (AuditFailed, ValueError, SyntaxError) as error:
         print(f"audit: {options.target} could not be audited: {error}", file=sys.stderr)
         return 2
-    store.save(report)
-    if options.markdown:
-        Path(options.markdown).write_text(reports.markdown(report))
+    _keep(report, options.markdown)
     print(json.dumps(report) if options.json else "\n".join(reports.lines(report)))
     return 1 if report["fails"] else 0
 
@@ -83,10 +89,44 @@ def target_of(options: argparse.Namespace) -> Target:
         raise ValueError("--model-args must be a JSON object")
     if ":" in options.target:
         return Target(options.target, model_args, str(Path.cwd()), options.device)
+    if options.target.endswith((".py", ".pt", ".pth", ".jit")):
+        raise ValueError(_which(Path(options.target)))
     args = _application(options.target, Path(options.config))
     folder = str(Path(options.config).resolve().parent)
     known = {**(args.get("model_args") or {}), **model_args}
     return Target(args["model"], known, folder, options.device, tuple(args.get("optimise") or ()))
+
+
+def _key(target: Target) -> str:
+    try:
+        return code_key(target)
+    except (OSError, ValueError, SyntaxError):  # no source: kept for its replays, not as a verdict for later
+        return hashlib.sha256(repr(target).encode()).hexdigest()[:32]
+
+
+def _keep(report: dict[str, Any], page: str | None) -> None:
+    """What can't be written is told; the report is printed anyway."""
+    try:
+        store.save(report)
+        if page:
+            Path(page).write_text(reports.markdown(report))
+    except OSError as error:
+        print(f"audit: the report could not be kept ({error}); --replay won't find it", file=sys.stderr)
+
+
+def _which(file: Path) -> str:
+    """What is missing where only a file was named."""
+    if not file.exists():
+        return f"there is no file {file}"
+    if file.suffix != ".py":
+        return (
+            "weights alone have no inputs: write a file with a function that returns the module, "
+            f"`def make(): return torch.jit.load({str(file)!r})`, and a function `examples()` that gives two "
+            "or three inputs without a batch dimension; audit file.py:make"
+        )
+    found = ast.parse(file.read_text(), str(file)).body
+    names = [one.name for one in found if isinstance(one, (ast.ClassDef, ast.FunctionDef))]
+    return f"say which class or function of it: {file}:NAME; it has {', '.join(names[:12]) or 'none'}"
 
 
 def _application(name: str, config: Path) -> dict[str, Any]:
@@ -114,9 +154,11 @@ def _replay(replay: str) -> int:
         return 2
     report, evidence = found
     target = Target(**report["model"])
+    prefix = evidence.get("prefix")
     outcome = run_phase(
-        "deployments.audit.phases:replay", target, evidence["kind"], evidence["trial"], limit_s=120.0
-    )
+        f"{PHASES}:replay", target, Known.from_json(report["known"]), evidence["kind"], evidence["trial"],
+        prefix and tuple(prefix), limit_s=REPLAY_S, is_forked=target.device == "cpu",
+    )  # fmt: skip
     if outcome.died:
         print(f"the process died in the overlap again: {outcome.error}")
         return 1

@@ -6,25 +6,50 @@ and how a phase decides; it runs in processes of its own.
 
 import hashlib
 import json
-import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from deployments.audit.findings import PROPERTIES, Property
-from deployments.audit.process import Outcome, run_phase
-from deployments.audit.target import LEAST_TRIALS, Batch, Target
+from deployments.audit.histories import (
+    compare_orders,
+    is_steady,
+    second_differs,
+    where_written,
+    with_history,
+    without_steadiness,
+)
+from deployments.audit.process import Outcome, cores, run_phase
+from deployments.audit.target import LEAST_TRIALS, Known, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 
 PHASES = "deployments.audit.phases"
-ORDERS = 3
-"""Fresh processes that begin with another call each."""
-SHARES = {"threads": 0.25, "copies": 0.12, "cold": 0.1, "orders": 0.05, "batches": 0.1, "measured": 0.05}
+FIRSTS = (0, 0, 1, 2)
+"""The call that each of the fresh processes begins with. Two begin alike: they differ only by a clock or by
+chance that no seed governs."""
+SHARES = {"threads": 0.25, "copies": 0.12, "cold": 0.1, "orders": 0.04, "batches": 0.1, "measured": 0.05}
 """Of the budget, for searching; a third goes into starting processes and loading the model in each."""
 GRACE_S = 20.0
 """For a phase beyond its share: loading, warming up, a trial that has begun."""
+MANY = 10**6
+"""Runs of a search that is cut off by a death, not by a number."""
+ASKS = {
+    "alone": "one call at a time: random numbers, modes, what is written",
+    "threads": "calls that overlap in one instance",
+    "cold": "first calls that overlap",
+    "copies": "calls that overlap in two instances",
+    "orders": "the calls in another order",
+    "batches": "items in other company, and padded",
+    "measured": "memory and speed, alone on the machine",
+}
+"""What is shown as progress."""
+CONFIRMATIONS = 2
+"""Fresh processes that must show a race again before it is reported."""
 
 
 class AuditFailed(Exception):
@@ -40,30 +65,40 @@ class Audit:
     budget_s: float = 60.0
     seed: int = 0
     progress: Callable[[str], None] = field(default=lambda line: None)
+    _cores: "SimpleQueue[int | None]" = field(default_factory=SimpleQueue, init=False)
+    """Not in use by a phase."""
 
     def run(self) -> dict[str, Any]:
         """The report, as JSON. Raises AuditFailed."""
         began = time.monotonic()
-        first = self._phase("alone")
+        stopped = threading.Event()
+        for core in cores():
+            self._cores.put(core)
+        try:
+            return self._run(stopped, began)
+        finally:
+            stopped.set()
+
+    def _run(self, stopped: threading.Event, began: float) -> dict[str, Any]:
+        first = self._phase(stopped, "alone")
         if first.error:
             raise AuditFailed(first.error)
-        calls: list[Batch] = first.value["batches"]
-        alone = {**first.value, "calls": [[str(item) for item in batch] for batch in calls]}
-        found = self._others(calls)
+        alone = {**first.value, "calls": names_of(first.value["known"])}
+        found = self._others(stopped, alone)
+        order = [found[f"orders {n}"] for n in range(len(FIRSTS))]
         properties = {
-            "thread_safe": self._race(found["threads"], "threads", alone),
-            "cold_start_safe": self._race(found["cold"], "cold", alone),
-            "copy_safe": self._race(found["copies"], "copies", alone),
-            "order_independent": compare_orders([found[f"orders {n}"] for n in range(ORDERS)], alone),
+            **found["one instance"],
+            "copy_safe": found["copies"],
+            "order_independent": compare_orders(order, alone),
             **_batch_properties(found["batches"]),
             "deterministic": alone["deterministic"],
             "eval_mode": alone["eval_mode"],
         }
-        properties = with_history(properties)
-        self.progress("measured: memory and speed-ups, alone on the machine")
-        costs = self._phase(
-            "measured", SHARES["measured"] * self.budget_s, properties["thread_safe"].holds is True
-        )
+        properties = with_history(properties, across=second_differs(order, alone))
+        if not is_steady(order):
+            properties = without_steadiness(properties)
+        is_shareable = properties["thread_safe"].holds is True
+        costs = self._phase(stopped, "measured", alone["known"], self._share("measured"), is_shareable)
         return {
             "target": self.name,
             "verdict": verdict_of(properties, alone["writes"]),
@@ -77,30 +112,68 @@ class Audit:
             "weights": alone["weights"],
             "model": {**asdict(self.target), "model_args": dict(self.target.model_args)},
             "calls": alone["calls"],
+            "known": alone["known"].as_json(),
             "took_s": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
-    def _others(self, calls: list[Batch]) -> dict[str, Outcome]:
-        jobs: list[tuple[str, str, tuple[Any, ...]]] = [
-            (kind, kind, (self.seed, SHARES[kind] * self.budget_s)) for kind in ("threads", "copies", "cold")
-        ]
-        orders_s = SHARES["orders"] * self.budget_s
-        jobs[1:1] = [(f"orders {n}", "orders", (calls, n % len(calls), orders_s)) for n in range(ORDERS)]
-        jobs.append(("batches", "batches", (SHARES["batches"] * self.budget_s,)))
-        with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 2)))) as pool:
-            running = {name: pool.submit(self._phase, phase, *arguments) for name, phase, arguments in jobs}
-            return {name: job.result() for name, job in running.items()}
+    def _others(self, stopped: threading.Event, alone: Mapping[str, Any]) -> dict[str, Any]:
+        known = alone["known"]
+        jobs: dict[str, Callable[[], Any]] = {
+            "one instance": partial(self._one_instance, stopped, alone),
+            "copies": partial(self._race, stopped, "copies", alone),
+        }
+        for n, first in enumerate(FIRSTS):
+            arguments = (known, first % len(known.calls), self._share("orders"), n == 1)
+            jobs[f"orders {n}"] = partial(self._phase, stopped, "orders", *arguments)
+        jobs["batches"] = partial(self._phase, stopped, "batches", known, self._share("batches"))
+        with ThreadPoolExecutor(min(4, len(cores()))) as pool:
+            running = {name: pool.submit(job) for name, job in jobs.items()}
+            try:
+                return {name: job.result() for name, job in running.items()}
+            except BaseException:  # Ctrl-C: what runs ends at once, what waits never begins
+                stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def _phase(self, phase: str, *arguments: Any) -> Outcome:
-        self.progress(phase)
-        limit_s = self.budget_s + GRACE_S
-        return run_phase(f"{PHASES}:{phase}", self.target, *arguments, limit_s=limit_s)
+    def _share(self, phase: str) -> float:
+        return SHARES[phase] * self.budget_s
 
-    def _race(self, outcome: Outcome, kind: str, alone: Mapping[str, Any]) -> Property:
+    def _phase(self, stopped: threading.Event, phase: str, *arguments: Any) -> Outcome:
+        self.progress(ASKS.get(phase) or ASKS[next(one for one in arguments if isinstance(one, str))])
+        return self._process(stopped, phase, *arguments)
+
+    def _process(self, stopped: threading.Event, phase: str, *arguments: Any) -> Outcome:
+        if phase == "measured" or self.target.device != "cpu":
+            return self._in_process(stopped, None, phase, *arguments)
+        core = self._cores.get()
+        try:
+            return self._in_process(stopped, core, phase, *arguments)
+        finally:
+            self._cores.put(core)
+
+    def _in_process(self, stopped: threading.Event, core: int | None, phase: str, *arguments: Any) -> Outcome:
+        return run_phase(
+            f"{PHASES}:{phase}", self.target, *arguments, limit_s=self.budget_s + GRACE_S,
+            is_forked=self.target.device == "cpu", core=core, stopped=stopped,
+        )  # fmt: skip
+
+    def _one_instance(self, stopped: threading.Event, alone: Mapping[str, Any]) -> dict[str, Property]:
+        """Warm and cold; calls that race in a warmed-up instance race when they are its first, too."""
+        warm = self._race(stopped, "threads", alone)
+        if warm.holds is False:
+            cold = Property(False, f"as in a warmed-up instance: {warm.reason}", warm.evidence)
+        else:
+            cold = self._race(stopped, "cold", alone)
+        return {"thread_safe": warm, "cold_start_safe": cold}
+
+    def _race(self, stopped: threading.Event, kind: str, alone: Mapping[str, Any]) -> Property:
         """From what a search found: a proof, nothing in so many trials, or a death that is a proof itself."""
+        outcome = self._phase(stopped, "search", alone["known"], kind, self.seed, self._share(kind))
         if outcome.died and isinstance(outcome.last, dict):
-            evidence = self._evidence(kind, outcome.last, alone)
-            return Property(False, f"the process died in an overlap: {outcome.error}", [evidence])
+            finding = {"trial": outcome.last, "runs": MANY}
+            return self._proof(
+                stopped, kind, alone, finding, f"the process died in an overlap: {outcome.error}"
+            )
         if outcome.error:
             return Property(None, f"could not be decided: {outcome.error}")
         finding = outcome.value
@@ -109,10 +182,28 @@ class Audit:
             if trials < LEAST_TRIALS:
                 return Property(None, f"there was time for {trials} overlaps only: give more --budget-s")
             return Property(True, f"no difference in {trials} overlaps", [{"trials": trials}])
-        evidence = self._evidence(kind, finding["trial"], alone) | finding
-        return Property(
-            False, f"thread {name_of(finding['thread'])} {finding['how']}{_at(alone)}", [evidence]
-        )
+        reason = f"thread {name_of(finding['thread'])} {finding['how']}{where_written(alone)}"
+        return self._proof(stopped, kind, alone, finding, reason)
+
+    def _proof(
+        self,
+        stopped: threading.Event,
+        kind: str,
+        alone: Mapping[str, Any],
+        finding: dict[str, Any],
+        reason: str,
+    ) -> Property:
+        """A race, once fresh processes have shown it again: by its trial alone, or after all before it."""
+        trial = finding["trial"]
+        for prefix in (None, (self.seed, finding["runs"])):
+            again = [
+                self._process(stopped, "replay", alone["known"], kind, trial, prefix)
+                for _ in range(CONFIRMATIONS)
+            ]
+            if all(one.died or one.value is not None for one in again):
+                evidence = self._evidence(kind, trial, alone) | finding | {"prefix": prefix}
+                return Property(False, reason, [evidence])
+        return Property(None, f"seen once, but not again in fresh processes: {reason}", [{"trial": trial}])
 
     def _evidence(self, kind: str, trial: dict[str, Any], alone: Mapping[str, Any]) -> dict[str, Any]:
         named = json.dumps([self.name, kind, trial], sort_keys=True)
@@ -121,72 +212,20 @@ class Audit:
             "kind": kind,
             "trial": trial,
             "calls": {
-                name_of(n): alone["calls"][call // 2 if kind == "copies" else call]
+                name_of(n): alone["calls"][call if kind in ("threads", "cold") else call // 2]
                 for n, call in enumerate(trial["calls"])
             },
             "writes": (alone["writes"] or alone["first_writes"])[:6],
         }
 
 
+def names_of(known: Known) -> list[list[str]]:
+    return [[str(item) for item in batch] for batch in known.calls]
+
+
 def name_of(thread: int) -> str:
     """Threads as people call them: A, B, ..."""
     return "ABCDEFGH"[thread % 8]
-
-
-def _at(alone: Mapping[str, Any]) -> str:
-    writes = alone["writes"] or alone["first_writes"]
-    if not writes:
-        return ""
-    one = writes[0]
-    return f"; {one['attribute']} is written at {one['file']}:{one['line']}"
-
-
-def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Property:
-    """Each call's answers, from all processes and places in the order, must be one."""
-    errors = [outcome.error for outcome in outcomes if outcome.error]
-    if errors:
-        return Property(None, f"could not be decided: {errors[0]}")
-    seen: dict[int, dict[str, str]] = {}
-    total = 0
-    for process, outcome in enumerate(outcomes):
-        previous = "warm-up"
-        for call, answer in outcome.value:
-            total += 1
-            seen.setdefault(call, {}).setdefault(answer, f"process {process + 1}, after {previous}")
-            previous = " + ".join(alone["calls"][call])
-    differing = {call: answers for call, answers in seen.items() if len(answers) > 1}
-    if not differing:
-        return Property(True, f"{total} answers in {len(outcomes)} processes, each call's all the same", [])
-    call, answers = next(iter(differing.items()))
-    name = " + ".join(alone["calls"][call])
-    evidence = [
-        {"call": alone["calls"][n], "answers": len(found), "seen": list(found.values())[:4]}
-        for n, found in differing.items()
-    ]
-    return Property(
-        False,
-        f"{name} got {len(answers)} different answers, depending on what came before{_at(alone)}",
-        evidence,
-    )
-
-
-def with_history(properties: Mapping[str, Property]) -> dict[str, Property]:
-    """Where answers depend on earlier calls, they depend on those of other threads; whether on other
-    instances' or on batch-mates, too, can't be told from what came before.
-    """
-    known = dict(properties)
-    history = known["order_independent"]
-    if history.holds is not False:
-        return known
-    for name in ("thread_safe", "cold_start_safe"):
-        if known[name].holds:
-            known[name] = Property(
-                False, "answers depend on earlier calls, of other threads too", history.evidence
-            )
-    for name in ("copy_safe", "batch_invariant", "padding_invariant"):
-        if known[name].holds:
-            known[name] = Property(None, "can't be told apart: answers depend on earlier calls anyway")
-    return known
 
 
 def _batch_properties(outcome: Outcome) -> dict[str, Property]:

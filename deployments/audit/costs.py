@@ -8,7 +8,7 @@ Source: Triton issues 4387, 5736, 7579, whose authors ask why more instances are
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ ROUNDS = 5
 LEAST_S = 0.05
 """Of one way in one round."""
 BATCH = 8
+GAINS = 1.25
+"""Times the speed of one: less is not worth a second instance."""
+FULL = 0.8
+"""Of the cores: the rest goes to starting and ending a parallel region."""
 
 
 def resident_bytes() -> int:
@@ -76,8 +80,9 @@ class Costs:
         return torch.cuda.max_memory_allocated()
 
     def speed(self, *, is_shareable: bool) -> dict[str, Any]:
-        """Items/s of one thread, and of the other ways as multiples of it. is_shareable: two threads in one
-        instance are worth a look; racing an unsafe one may end the process."""
+        """Items/s of one thread, and of the other ways as multiples of it; cores that each way keeps busy,
+        and what follows. is_shareable: two threads in one instance are worth a look; racing an unsafe one may
+        end the process."""
         first, second = self._subjects[0], self._subjects[-1]
         batch = (self._item,) * BATCH
         ways: dict[str, Callable[[float], float]] = {
@@ -92,15 +97,22 @@ class Costs:
             ways.pop(f"batch_of_{BATCH}")
         each_s = max(LEAST_S, self._seconds / (ROUNDS * len(ways)))
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        busy: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
             for name, way in ways.items():
+                began, used = time.monotonic(), time.process_time()
                 rates[name].append(way(each_s))
+                busy[name].append((time.process_time() - used) / (time.monotonic() - began))
         one = statistics.median(rates["one"])
         ratios = {
             name: round(statistics.median(r / o for r, o in zip(rates[name], rates["one"], strict=True)), 2)
             for name in ways if name != "one"
         }  # fmt: skip
-        return {"items_per_s": round(one, 2), "speed_up": ratios, "torch_threads": self._threads}
+        cores_busy = {name: round(statistics.median(shares), 2) for name, shares in busy.items()}
+        return {
+            "items_per_s": round(one, 2), "speed_up": ratios, "torch_threads": self._threads,
+            "cores_busy": cores_busy, "why": why(cores_busy, ratios["pool_of_2"], self._threads),
+        }  # fmt: skip
 
     def _rate(self, workers: Sequence[tuple[Subject, Batch]], seconds: float) -> float:
         """Items/s of all workers, who share the machine's cores."""
@@ -123,3 +135,21 @@ class Costs:
         for thread in threads:
             thread.join()
         return sum(count / (end - began) for count, end in zip(counts, ended, strict=True))
+
+
+def why(cores_busy: Mapping[str, float], gain: float, cores: int) -> str:
+    """Why a second instance is faster, or is not: what Triton's users ask."""
+    one, two = cores_busy["one"], cores_busy["pool_of_2"]
+    if gain >= GAINS:
+        return f"a second instance gains, since one call keeps {one:.1f} of {cores} cores busy"
+    if one >= FULL * cores:
+        return f"a second instance gains little: one call keeps {one:.1f} of {cores} cores busy already"
+    if two >= FULL * min(2, cores):
+        return (
+            f"a second instance gains little though two keep {two:.1f} of {cores} cores busy: they wait for "
+            "memory"
+        )
+    return (
+        f"a second instance gains little: two keep only {two:.1f} of {cores} cores busy, since they wait for "
+        "Python's lock; larger batches help, or replicas (num_replicas), which are processes"
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deployments.audit.target import Target
 
-FORMAT = 1
+FORMAT = 2
 """Grows when the audit itself decides otherwise than before: stored verdicts are made anew then."""
 OUR_OWN = "deployments"
 _LIBRARIES = tuple(

@@ -26,14 +26,16 @@ class Instruments(Flag):
     OPERATORS = 1
     LINES = 2
     BOTH = 3
+    OPCODES = 4
 
 
 @contextmanager
 def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
     """`pause(what)` is called at every point of the block, in this thread."""
     before = sys.gettrace()
-    if Instruments.LINES in instruments:
-        sys.settrace(_Lines(pause).on_call)
+    if instruments & (Instruments.LINES | Instruments.OPCODES):
+        event = "line" if Instruments.LINES in instruments else "opcode"
+        sys.settrace(_Lines(pause, event).on_call)
     try:
         if Instruments.OPERATORS in instruments:
             with OperatorWatch(lambda func, args, kwargs: pause(str(func))):
@@ -60,14 +62,19 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Lines:
-    def __init__(self, pause: Pause) -> None:
-        self._pause = pause
+    """event: "line", or "opcode", of which a line has ten."""
+
+    def __init__(self, pause: Pause, event: str) -> None:
+        self._pause, self._event = pause, event
 
     def on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._on_line if is_own(frame.f_code.co_filename) else None
+        if not is_own(frame.f_code.co_filename):
+            return None
+        frame.f_trace_opcodes = self._event == "opcode"
+        return self._on_line
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        if event == self._event:
             self._pause(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return self._on_line
 

@@ -5,8 +5,10 @@ or factory, or beside it in the file) are items without a batch dimension: a ten
 keyword arguments, or a tuple of tensors.
 """
 
-import sys
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,11 +20,14 @@ class ModuleModel:
     """made: gives the module. Items are numbers of examples: tensors are no JSON."""
 
     made: Callable[..., Any]
-    args: Mapping[str, Any]
+    places: tuple[Any, ...]
 
     @staticmethod
-    def of(made: Any, args: Mapping[str, Any]) -> type:
-        """A class with `load` and `forward` for a module, its class or a factory."""
+    def of(made: Any, beside: ModuleType) -> type:
+        """A class with `load` and `forward` for a module, its class or a factory; beside: the file it is in.
+
+        A module that is there already is copied, so that each instance begins with what it was.
+        """
         if not callable(made):
             raise ModelClassError(f"{made!r:.60} is no class, module or factory of a module")
         name = getattr(made, "__name__", type(made).__name__)
@@ -30,7 +35,10 @@ class ModuleModel:
         return type(
             name,
             (ModuleModel,),
-            {"made": staticmethod((lambda: made) if is_module else made), "source": made},
+            {
+                "made": staticmethod(partial(copy.deepcopy, made) if is_module else made),
+                "places": (made, beside),
+            },
         )
 
     def __init__(self, **args: Any) -> None:
@@ -44,9 +52,7 @@ class ModuleModel:
         self._examples = self._find_examples()
 
     def _find_examples(self) -> list[Any]:
-        source = type(self).source  # type: ignore[attr-defined]
-        beside = sys.modules.get(getattr(source, "__module__", ""), None)
-        for place in (self.net, source, beside):
+        for place in (self.net, *type(self).places):
             found = getattr(place, "examples", None)
             if found is not None:
                 return list(found() if callable(found) else found)

@@ -5,7 +5,8 @@ Owns: what each process does. Must not know: how processes are run, what the ans
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -13,88 +14,106 @@ import torch
 from deployments.audit import costs, modes, randomness
 from deployments.audit.batches import Crowds
 from deployments.audit.findings import Property
+from deployments.audit.forks import here, in_fork, threads_now
 from deployments.audit.instruments import prepare
 from deployments.audit.races import Races, Trial
 from deployments.audit.sameness import digest
 from deployments.audit.subject import Subject, calls_of, load
-from deployments.audit.target import LEAST_TRIALS, Batch, Input, Target
-from deployments.audit.writes import writes_of
+from deployments.audit.target import LEAST_TRIALS, Batch, Input, Known, Target
+from deployments.audit.writes import Write, writes_of
 from deployments.runtime.copies import Weights, digest_of
 from deployments.runtime.device import usable_cpus
+from deployments.runtime.model_class import ModelClassError
 
 Say = Callable[[Any], None]
 
-WARM_UPS = 2
+SLOW_S = 0.05
+"""Of a call: it is warmed up once only."""
+WRITES_S = 2.0
 REPEATS = 6
+MOST_ANSWERS = 500
+"""Of a process that asks in one order: what happens every hundredth call is found."""
 LATEST = 4.0
 """Times its share a search may take for the least number of trials."""
 
 
 def alone(say: Say, target: Target) -> dict[str, Any]:
-    """Of one instance in one thread: randomness, modes, writes, and what it is made of."""
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    subject = load(target)
-    weights = digest_of(subject.instance)
-    firsts = writes_of(_Call(subject, (Input(0),)))  # what the first call of a fresh instance writes
-    torch.manual_seed(0)
-    made_at_load = digest_of(load(target).instance) != weights
-    subject, calls = _loaded(target)
-    call = _Call(subject, calls[0])
+    """Of one instance in one thread: its calls, randomness, modes, writes."""
+    _begin(target)
+    threads_before = threads_now()
+    randomness.seed_all(1)
+    first = load(target)
+    weights = digest_of(first.instance)
+    firsts = writes_of(_Call(first, (Input(0),)))
+    del first
+    subject = _load(target)
+    is_made_at_load = digest_of(subject.instance) != weights
+    known = known_of(subject)
+    isolate = in_fork if _can_fork(target, threads_before) else here
+    call = _Call(subject, known.calls[0])
     say("deterministic")
 
-    def fresh() -> Callable[[], Any]:
-        torch.manual_seed(0)
-        return _Call(load(target), calls[0])
-
-    deterministic = randomness.check(call, fresh)
+    deterministic = randomness.check(call, isolate)
     say("eval_mode")
     eval_mode = modes.check(subject.instance, call)
     say("writes")
-    writes = dict.fromkeys(write for batch in calls for write in writes_of(_Call(subject, batch)))
+    writes = _writes_of(subject, known.calls)
     return {
+        "known": known,
         "deterministic": deterministic,
         "eval_mode": eval_mode,
         "writes": [write.as_json() for write in writes],
         "first_writes": [write.as_json() for write in firsts if write not in writes],
-        "batches": calls,
-        "weights": None if made_at_load else weights,
+        "weights": None if is_made_at_load else weights,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def threads(say: Say, target: Target, seed: int, seconds: float) -> dict[str, Any] | None:
-    """`thread_safe`: two calls and more in one warmed-up instance."""
-    return _search(say, target, "threads", seed, seconds)
+def search(
+    say: Say, target: Target, known: Known, kind: str, seed: int, seconds: float
+) -> dict[str, Any] | None:
+    """Of `kind` threads (two calls and more in one warmed-up instance), copies (across two instances, as a
+    pool makes them) or cold (the first calls of an instance): what a trial found, as JSON.
+    """
+    races = races_of(target, known, kind)
+    began = time.monotonic()
+
+    def has_time() -> bool:
+        spent_s = time.monotonic() - began
+        return spent_s < seconds or (races.runs < LEAST_TRIALS and spent_s < LATEST * seconds)
+
+    races.on_trial = lambda trial: say(trial.as_json())
+    found = races.search(seed=seed, has_time=has_time)
+    say(races.runs)
+    return None if found is None else {**found.as_json(), "runs": races.runs}
 
 
-def copies(say: Say, target: Target, seed: int, seconds: float) -> dict[str, Any] | None:
-    """`copy_safe`: the same across two instances, as a pool makes them."""
-    return _search(say, target, "copies", seed, seconds)
-
-
-def cold(say: Say, target: Target, seed: int, seconds: float) -> dict[str, Any] | None:
-    """`cold_start_safe`: the first calls of an instance overlap; a fresh instance for each trial."""
-    return _search(say, target, "cold", seed, seconds)
-
-
-def replay(say: Say, target: Target, kind: str, trial: dict[str, Any]) -> dict[str, Any] | None:
-    """One trial again, as phase `kind` made it: what it found, with all of its steps."""
-    torch.set_num_threads(1)
-    found = races_of(target, kind).run(Trial.from_json(trial))
+def replay(
+    say: Say, target: Target, known: Known, kind: str, trial: dict[str, Any], prefix: tuple[int, int] | None
+) -> dict[str, Any] | None:
+    """One trial again, as `search` made it: what it found, with all of its steps. prefix: (seed, runs) of the
+    search, all of whose trials are made again, where what they left behind is part of the race."""
+    races = races_of(target, known, kind)
+    if prefix is None:
+        found = races.run(Trial.from_json(trial))
+    else:
+        seed, runs = prefix
+        found = races.search(seed=seed, has_time=lambda: races.runs < runs)
     return None if found is None else found.as_json()
 
 
-def orders(say: Say, target: Target, calls: list[Batch], first: int, seconds: float) -> list[tuple[int, str]]:
+def orders(
+    say: Say, target: Target, known: Known, first: int, seconds: float, has_second: bool
+) -> dict[str, list[tuple[int, str]]]:
     """Answers of the calls in an order that begins with call `first`: (call, digest), each warmed up just
-    before. One round and back at least, more while there is time.
+    before. One round and back at least, more while there is time. has_second: then the first round of a
+    second instance; it differs where instances share what the first one's calls left.
 
-    calls: found by another process; here none is made before the first, since what it leaves may saturate
-    (the largest value seen).
+    Nothing is called before the first, since what it leaves may saturate (the largest value seen).
     """
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    subject = load(target)
+    _begin(target)
+    subject = _load(target)
+    calls = known.calls
     order = [(first + number) % len(calls) for number in range(len(calls))]
     answers: list[tuple[int, str]] = []
 
@@ -102,26 +121,39 @@ def orders(say: Say, target: Target, calls: list[Batch], first: int, seconds: fl
         randomness.seed_all(0)
         answers.append((number, digest(subject.call(calls[number]))))
 
-    for number in order:
-        for _ in range(WARM_UPS):
-            subject.call(calls[number])
-        ask(number)
+    def go_round() -> None:
+        for number in order:
+            _warm(subject, calls[number : number + 1])
+            ask(number)
+
+    go_round()
     for number in reversed(order):
         ask(number)
     deadline = time.monotonic() + seconds
-    for number in (*order, *reversed(order), *(order[:1] * REPEATS)):
+    for number in islice(cycle((*order, *reversed(order), *(order[:1] * REPEATS))), MOST_ANSWERS):
         if time.monotonic() < deadline:
             ask(number)
-    return answers
+    asked, answers = answers, []
+    if has_second:
+        subject = _load(target)
+        go_round()
+    return {"first": asked, "second": answers}
 
 
-def batches(say: Say, target: Target, seconds: float) -> dict[str, Property]:
+def batches(say: Say, target: Target, known: Known, seconds: float) -> dict[str, Property]:
     """`batch_invariant` and `padding_invariant`."""
-    torch.set_num_threads(1)
-    subject, calls = _loaded(target)
+    _begin(target)
+    threads_before = threads_now()
+    subject = _load(target)
+    isolate = in_fork if _can_fork(target, threads_before) else here
+    if isolate is here and not known.repeats:
+        unknown = Property(None, "can't be told apart: answers depend on earlier calls anyway")
+        return {"batch_invariant": unknown, "padding_invariant": unknown}
+    if isolate is here:
+        _warm(subject, known.calls)
     deadline = time.monotonic() + seconds
     crowds = Crowds(
-        subject, is_random=_is_random(subject, calls), has_time=lambda: time.monotonic() < deadline
+        subject, is_random=known.is_random, isolate=isolate, has_time=lambda: time.monotonic() < deadline
     )
     say("batch_invariant")
     mates = crowds.check_mates()
@@ -129,25 +161,24 @@ def batches(say: Say, target: Target, seconds: float) -> dict[str, Property]:
     return {"batch_invariant": mates, "padding_invariant": crowds.check_padding()}
 
 
-def measured(say: Say, target: Target, seconds: float, is_shareable: bool) -> dict[str, Any]:
+def measured(say: Say, target: Target, known: Known, seconds: float, is_shareable: bool) -> dict[str, Any]:
     """Memory and speed-ups, with all of the machine's cores."""
     cores = usable_cpus()
     torch.set_num_threads(cores)
     before = costs.resident_bytes()
     began = time.monotonic()
-    first = load(target)
-    weights = Weights(first.instance)
-    calls = calls_of(first)
-    _warm(first, calls)
+    first = _load(target)
     load_s = time.monotonic() - began
+    weights = Weights(first.instance)
+    _warm(first, known.calls)
     if torch.device(target.device).type == "cuda":
         instance_bytes = torch.cuda.memory_allocated()
     else:
         instance_bytes = max(0, costs.resident_bytes() - before)
     say("a second instance")
-    second = load(target)
+    second = _load(target)
     weights.tie(second.instance)
-    _warm(second, calls)
+    _warm(second, known.calls)
     say("speed")
     found = costs.Costs((first, second), cores, seconds)
     return {
@@ -166,29 +197,50 @@ class _Call:
         return self._subject.call(self._batch)
 
 
-def _loaded(target: Target) -> tuple[Subject, list[Batch]]:
-    """An instance, warmed up with each call, and the calls."""
+def _load(target: Target) -> Subject:
+    """Equal seeds for each instance: one that makes its own weights makes the same ones."""
+    randomness.seed_all(0)
+    return load(target)
+
+
+def _begin(target: Target) -> None:
+    """In every process: one thread, nothing left to be imported in a trial. Raises ModelClassError."""
+    if torch.device(target.device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelClassError(
+            f"--device {target.device}: torch {torch.__version__} finds no GPU here; leave --device out to "
+            "audit on the CPU"
+        )
+    torch.set_num_threads(1)
     prepare()
-    torch.manual_seed(0)
-    subject = load(target)
-    calls = calls_of(subject)
-    _warm(subject, calls)
-    return subject, calls
 
 
-def _warm(subject: Subject, calls: list[Batch]) -> None:
+def _warm(subject: Subject, calls: Sequence[Batch]) -> None:
     for batch in calls:
-        for _ in range(WARM_UPS):
+        began = time.monotonic()
+        subject.call(batch)
+        if time.monotonic() - began < SLOW_S:
             subject.call(batch)
 
 
-def _is_random(subject: Subject, calls: list[Batch]) -> bool:
-    return randomness.is_random(_Call(subject, calls[0]))
+def _writes_of(subject: Subject, calls: Sequence[Batch]) -> list[Write]:
+    """Of the first call at least, of the others while there is time: a large model's take seconds each."""
+    found: dict[Write, None] = {}
+    began = time.monotonic()
+    for batch in calls:
+        if batch is calls[0] or time.monotonic() - began < WRITES_S:
+            found |= dict.fromkeys(writes_of(_Call(subject, batch)))
+    return list(found)
 
 
-def _repeats(subject: Subject, calls: list[Batch]) -> bool:
+def known_of(subject: Subject) -> Known:
+    """The calls of an instance, which is warmed up then, and how they behave in one thread."""
+    calls = calls_of(subject)
+    _warm(subject, calls)
+    return Known(tuple(calls), randomness.is_random(_Call(subject, calls[0])), _repeats(subject, calls))
+
+
+def _repeats(subject: Subject, calls: Sequence[Batch]) -> bool:
     """Whether the calls, made again in another order, give the same: nothing is kept that matters."""
-    randomness.seed_all(0)
 
     def answers(order: list[int]) -> dict[int, str]:
         found = {}
@@ -198,45 +250,44 @@ def _repeats(subject: Subject, calls: list[Batch]) -> bool:
         return found
 
     order = list(range(len(calls)))
-    return answers(order) == answers(order[::-1]) == answers(order)
+    return answers(order) == answers(order[::-1])
 
 
-def _search(say: Say, target: Target, kind: str, seed: int, seconds: float) -> dict[str, Any] | None:
-    torch.set_num_threads(1)
-    races = races_of(target, kind)
-    began = time.monotonic()
+def races_of(target: Target, known: Known, kind: str) -> Races:
+    """The races of a kind: threads, copies or cold. Loads the model, in this process."""
+    _begin(target)
+    before = threads_now()
+    calls, reseeds = known.calls, known.is_random
+    one = _load(target)
 
-    def has_time() -> bool:
-        spent_s = time.monotonic() - began
-        return spent_s < seconds or (races.runs < LEAST_TRIALS and spent_s < LATEST * seconds)
+    def of(subject: Subject) -> list[Callable[[], Any]]:
+        return [_Call(subject, batch) for batch in calls]
 
-    races.on_trial = lambda trial: say(trial.as_json())
-    found = races.search(seed=seed, has_time=has_time)
-    say(races.runs)
-    return None if found is None else found.as_json()
-
-
-def races_of(target: Target, kind: str) -> Races:
-    """The races of phase `kind`: threads, copies or cold. Loads the model, in this process."""
-    subject, calls = _loaded(target)
-    reseeds = _is_random(subject, calls)
     if kind == "threads":
-        return Races([_Call(subject, batch) for batch in calls], reseeds=reseeds)
-
-    def fresh() -> list[Callable[[], Any]]:
-        one = load(target)
-        return [_Call(one, batch) for batch in calls]
-
-    def pair() -> list[Callable[[], Any]]:
-        first = load(target)
-        weights = Weights(first.instance)
-        two = (first, load(target))
-        weights.tie(two[1].instance)
-        for one in two:
-            _warm(one, calls)
-        return [_Call(one, batch) for batch in calls for one in two]
-
+        _warm(one, calls)
+        return Races(of(one), reseeds=reseeds)
     if kind == "cold":
-        return Races(fresh, reseeds=reseeds)
-    # A model that keeps something differs from itself by what came before: then each trial has its own pair.
-    return Races(pair() if _repeats(subject, calls) else pair, reseeds=reseeds, one_each=True)
+        if _can_fork(target, before):
+            return Races(of(one), isolate=in_fork, reseeds=reseeds)
+        return Races(lambda: of(_load(target)), reseeds=reseeds)
+
+    def pair(first: Subject) -> list[Callable[[], Any]]:
+        weights = Weights(first.instance)
+        _warm(first, calls)
+        second = _load(target)
+        weights.tie(second.instance)
+        _warm(second, calls)
+        return [call for both in zip(of(first), of(second), strict=True) for call in both]
+
+    made = pair(one)
+    # A model that keeps something differs from itself by what came before: then each trial begins alike.
+    if known.repeats:
+        return Races(made, reseeds=reseeds, one_each=True)
+    if _can_fork(target, before):
+        return Races(made, isolate=in_fork, reseeds=reseeds, one_each=True)
+    return Races(lambda: pair(_load(target)), reseeds=reseeds, one_each=True)
+
+
+def _can_fork(target: Target, threads_before: int) -> bool:
+    """The model has started no thread, which a fork would lack, and uses no GPU."""
+    return threads_now() == threads_before >= 1 and torch.device(target.device).type == "cpu"

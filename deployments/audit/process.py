@@ -1,12 +1,16 @@
 """One phase of the audit in a fresh process, with a time limit; what it said last if it dies.
 
-Owns: spawn, the pipe, the limit. Must not know: phases, torch. Spawned, not forked: the audit pollutes what
-it touches (default dtypes, module globals), and racing a scripted module's attribute ends the process.
+Owns: how a process begins and ends, the pipe, the limit. Must not know: phases, torch. A process of its own
+for each: the audit pollutes what it touches (default dtypes, module globals), and racing a scripted module's
+attribute ends the process. Never forked from the caller, which may have threads, a model and a GPU, but from
+a server that has imported torch and nothing else (nursery.py); where that can't be, spawned.
 """
 
 import importlib
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -14,7 +18,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("spawn")
+_SPAWN = multiprocessing.get_context("spawn")
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload(["deployments.audit.nursery"])
+POLL_S = 0.2
+"""How soon a phase hears that the audit is stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +38,34 @@ class Outcome:
 
 
 def run_phase(
-    function: str, *arguments: Any, limit_s: float, on_said: Callable[[Any], None] = lambda said: None
+    function: str,
+    *arguments: Any,
+    limit_s: float,
+    is_forked: bool = True,
+    core: int | None = None,
+    stopped: threading.Event | None = None,
+    on_said: Callable[[Any], None] = lambda said: None,
 ) -> Outcome:
     """Run "module:function" as function(say, *arguments) in a process of its own; never raises what it
     raises.
 
-    limit_s: it is killed then. `say(anything that pickles)` tells how far it is.
+    limit_s: it is killed then, and soon after `stopped` is set. is_forked: of the server that has torch
+    already; False for what uses a GPU. core: it runs on this one alone, which makes threads that take turns
+    twice as fast: none is woken up on another core. `say(anything that pickles)` tells how far it is.
     """
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_main, args=(theirs, function, arguments), daemon=True)
+    context = _FORKSERVER if is_forked else _SPAWN
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_main, args=(theirs, function, arguments, core), daemon=True)
     process.start()
     theirs.close()
     last: Any = None
     deadline = time.monotonic() + limit_s
     try:
-        while ours.poll(max(0.0, deadline - time.monotonic())):
+        while time.monotonic() < deadline:
+            if stopped is not None and stopped.is_set():
+                return Outcome(error="the audit was stopped", last=last)
+            if not ours.poll(POLL_S):
+                continue
             kind, value = ours.recv()
             if kind == "value":
                 return Outcome(value, last=last)
@@ -57,16 +78,35 @@ def run_phase(
         process.join(5.0)
         return Outcome(error=f"its process ended with {_name_of(process.exitcode)}", last=last, died=True)
     finally:
+        _kill_group(process.pid)
         process.kill()
         process.join()
         ours.close()
+
+
+def _kill_group(leader: int | None) -> None:
+    try:
+        if leader is not None:
+            os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended, or not begun to be a group
+        pass
 
 
 def _name_of(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
 
 
-def _main(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> None:
+def cores() -> list[int | None]:
+    """That this process may use; [None]: the system doesn't say (not Linux)."""
+    return list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+
+
+def _main(pipe: Connection, function: str, arguments: tuple[Any, ...], core: int | None) -> None:
+    os.setpgrp()  # with all that it starts: what is left of it ends with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    os.dup2(2, 1)  # what a model prints is no part of the report
     try:
         module, _, name = function.partition(":")
         value = getattr(importlib.import_module(module), name)(
@@ -75,6 +115,14 @@ def _main(pipe: Connection, function: str, arguments: tuple[Any, ...]) -> None:
         pipe.send(("value", value))
     except BaseException as error:
         pipe.send(("error", _told(error)))
+
+
+def _end_with_parent() -> None:
+    """However that ended: SIGKILL runs no handler."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        _kill_group(os.getpid())
 
 
 def _told(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.audit import schedules
+from deployments.audit.forks import Isolate, here
 from deployments.audit.instruments import Instruments, instrumented
 from deployments.audit.randomness import seed_all
 from deployments.audit.sameness import same, snapshot
@@ -23,7 +24,6 @@ from deployments.audit.schedules import Inside, Lockstep, Overlap, Schedule
 from deployments.audit.turns import Ended, Point, Stuck, Turns
 
 Call = Callable[[], Any]
-
 KINDS = (Instruments.BOTH, Instruments.OPERATORS, Instruments.LINES)
 STRIDES = (1, 3, 2, 5, 8)
 OVERLAPS = 40
@@ -33,8 +33,10 @@ MAX_STEPS = 200
 """Of an interleaving, told in a report."""
 INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
-STORM = 5
-"""Calls in flight in the storm: ring buffers of two and three rooms look safe to a pair."""
+STORM = 9
+"""Calls in flight in the storm: ring buffers of two to eight rooms look safe to a pair."""
+FEW_OPCODES = 3000
+"""Of a call's own Python code: where there are more, a pause before each takes too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class Races:
     """The trials of a few calls, which raise nothing when made alone.
 
     calls: share whatever is under test; or a function that makes them anew, with all that they share, for
-    each trial and each reference: for what only happens once, and for models that keep something. reseeds:
+    each trial and each reference: for what only happens once, and for models that keep something. isolate:
+    the same without making them anew: each trial and each reference runs in it. reseeds:
     the model draws random numbers; at each pause all generators are seeded from the call and how far it is,
     so that what it draws doesn't depend on the others. one_each: even calls belong to one instance, odd
     ones to another, and an instance has one call at a time.
@@ -105,10 +108,13 @@ class Races:
         self,
         calls: Sequence[Call] | Callable[[], Sequence[Call]],
         *,
+        isolate: Isolate | None = None,
         reseeds: bool = False,
         one_each: bool = False,
     ) -> None:
         self._make = calls if callable(calls) else None
+        self._isolate: Isolate = isolate or here
+        self._is_afresh = self._make is not None or isolate is not None
         self._calls: Sequence[Call] = calls() if callable(calls) else list(calls)
         self._reseeds, self._one_each = reseeds, one_each
         self._alone: dict[tuple[int, Instruments], tuple[Any, int]] = {}
@@ -159,9 +165,22 @@ class Races:
             for pair in pairs:
                 for point in self._places(pair[0], instruments, INSIDES):
                     yield Trial(pair, instruments, Inside((point,)))
+        yield from self._between_opcodes(pairs)
+
+    def _between_opcodes(self, pairs: Sequence[tuple[int, int]]) -> Iterator[Trial]:
+        """Within a line the interpreter's lock may change hands, too."""
+        opcodes = Instruments.OPCODES
+        for pair in pairs:
+            if self._reference(pair[0], opcodes)[1] <= FEW_OPCODES:
+                for stride in (1, 4):
+                    yield Trial(pair, opcodes, Lockstep(stride))
+                for point in self._places(pair[0], opcodes, SIMPLEST):
+                    yield Trial(pair, opcodes, Inside((point,)))
 
     def _storm(self) -> Iterator[Trial]:
-        order = tuple(number % len(self._calls) for number in range(STORM))
+        # The first call differs from all the others: whichever takes its room shows.
+        others = max(1, len(self._calls) - 1)
+        order = (0, *(min(len(self._calls) - 1, 1 + number % others) for number in range(STORM - 1)))
         for instruments in KINDS:
             for point in self._places(0, instruments, INSIDES):
                 yield Trial(order, instruments, Inside((point,) * (STORM - 1)))
@@ -170,9 +189,13 @@ class Races:
         """What of the trial differs from the calls alone; raises what a call alone raises."""
         self.on_trial(trial)
         expected = [self._reference(number, trial.instruments)[0] for number in trial.calls]
+        self.runs += 1
+        found: Finding | None = self._isolate(lambda: self._run(trial, expected))
+        return found
+
+    def _run(self, trial: Trial, expected: Sequence[Any]) -> Finding | None:
         calls = self._calls if self._make is None else self._make()
         turns = Turns(trial.schedule)
-        self.runs += 1
         try:
             ended = turns.run(
                 [self._instrumented(calls[n], n, trial.instruments, turns) for n in trial.calls]
@@ -182,7 +205,7 @@ class Races:
         firsts = [snapshot(end.value) for end in ended]
         for thread, number in enumerate(trial.calls):
             how = _difference(ended[thread], firsts[thread], expected[thread])
-            if not how and self._make is None:
+            if not how and not self._is_afresh:
                 how = self._difference_later(number, ended[thread].value, firsts[thread])
             if how:
                 return Finding(trial, thread, how, turns.points)
@@ -226,15 +249,12 @@ class Races:
 
     def _reference(self, number: int, instruments: Instruments) -> tuple[Any, int]:
         """(the call's answer alone, its points)."""
-        if number not in self._plain and self._make is None:
+        if number not in self._plain and not self._is_afresh:
             self._plain[number] = self._made_plain(number)
         known = self._alone.get((number, instruments))
         if known is None:
-            calls = self._calls if self._make is None else self._make()
-            end, points = self._made_alone(calls, number, instruments)
-            if end.error is not None:
-                raise end.error
-            known = self._alone[number, instruments] = (snapshot(end.value), points)
+            known = self._isolate(lambda: self._made_alone(number, instruments))
+            self._alone[number, instruments] = known
         return known
 
     def _made_plain(self, number: int) -> Ended:
@@ -246,10 +266,13 @@ class Races:
         except Exception as error:
             return Ended(error=error)
 
-    def _made_alone(self, calls: Sequence[Call], number: int, instruments: Instruments) -> tuple[Ended, int]:
+    def _made_alone(self, number: int, instruments: Instruments) -> tuple[Any, int]:
+        calls = self._calls if self._make is None else self._make()
         turns = Turns(Lockstep(1))
         (end,) = turns.run([self._instrumented(calls[number], number, instruments, turns)])
-        return end, len(turns.points)
+        if end.error is not None:
+            raise end.error
+        return snapshot(end.value), len(turns.points)
 
     # -- which ------------------------------------------------------------------------------------------
 

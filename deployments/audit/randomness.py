@@ -5,15 +5,17 @@ models one drew so rarely that fewer saw nothing.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from deployments.audit.findings import Property
+from deployments.audit.forks import Isolate, here
 from deployments.audit.instruments import OperatorWatch, place_of_caller
-from deployments.audit.sameness import same, snapshot
+from deployments.audit.sameness import digest
 from deployments.runtime.modules import parts_of
 
 Call = Callable[[], Any]
@@ -41,66 +43,57 @@ def seed_all(seed: int) -> None:
         source(seed)
 
 
-def answer_of(call: Call, seed: int) -> Any:
+def answer_of(call: Call, seed: int) -> str:
+    """A digest of it, after all generators are seeded."""
     seed_all(seed)
-    return snapshot(call())
+    return digest(call())
 
 
-def is_random(call: Call) -> bool:
+def is_random(call: Call, isolate: Isolate = here) -> bool:
     """Whether the answer follows the seeds, and is the same for the same one."""
-    first = answer_of(call, 1)
-    return same(first, answer_of(call, 1)) and any(not same(first, answer_of(call, seed)) for seed in (2, 3))
+    return len({answer_of(call, seed) for seed in range(3)}) > 1 and _follows(
+        call, seed_all, range(3), isolate
+    )
 
 
-def check(call: Call, fresh: Callable[[], Call]) -> Property:
-    """`deterministic`. fresh: the same call of an instance made anew, from seeds that are set before."""
-    answers = [answer_of(call, seed) for seed in range(SEEDS)]
-    if all(same(answers[0], other) for other in answers[1:]):
+def check(call: Call, isolate: Isolate = here) -> Property:
+    """`deterministic`. isolate: forks, from which the answers of a model that keeps something come from one
+    state."""
+    if len({answer_of(call, seed) for seed in range(SEEDS)}) == 1:
         return Property(True, f"{SEEDS} seeds gave the same bits", [])
+    alike = {isolate(partial(answer_of, call, seed)) for seed in range(SEEDS)}
     draws = draws_of(call)
-    followed = [name for name in SOURCES if _follows(call, name)]
-    if followed:
-        named = " and ".join(followed)
-        where = f", drawn by {draws[0]['operator']} at {draws[0]['at']}" if draws else ""
-        return Property(False, f"the answer follows {named}{where}", draws)
-    return _of_own_source(fresh, draws, call)
-
-
-def _follows(call: Call, source: str) -> bool:
-    """Whether the answer changes with this source's seed, and with nothing else: a second pass over the
-    seeds gives what the first gave.
-    """
-    passes = []
-    for _ in range(2):
-        found = []
-        for seed in range(SEEDS):
-            seed_all(0)
-            SOURCES[source](1 + seed)
-            found.append(snapshot(call()))
-        passes.append(found)
-    return same(*passes) and any(not same(passes[0][0], other) for other in passes[0][1:])
-
-
-def _of_own_source(fresh: Callable[[], Call], draws: list[dict[str, Any]], call: Call) -> Property:
-    """Equal seeds gave other answers: what did it?"""
+    if len(alike) > 1:
+        followed = [name for name, seed in SOURCES.items() if _follows(call, seed, range(SEEDS), isolate)]
+        if followed:
+            named = " and ".join(followed)
+            where = f", drawn by {draws[0]['operator']} at {draws[0]['at']}" if draws else ""
+            return Property(False, f"the answer follows {named}{where}", draws)
+        if isolate is not here:
+            return Property(False, "the same call from the same state differs: a clock, or os.urandom", draws)
     own = [draw for draw in draws if draw["own_generator"]]
     if own:
         return Property(False, f"a generator of the model's own is drawn from at {own[0]['at']}", own)
-    firsts = []
-    for _ in range(2):
-        seed_all(0)
-        firsts.append(answer_of(fresh(), 0))
-    if not same(*firsts):
-        return Property(
-            False,
-            "two fresh instances with the same seeds differ: a clock, os.urandom, or memory never written",
-            draws,
-        )
     generators = _generators_of(call)
     if generators:
         evidence = [{"generator": name} for name in generators]
         return Property(False, f"it draws from a generator of its own: {generators[0]}", evidence)
     return Property(True, "the same calls in the same order give the same bits (see order_independent)", [])
+
+
+def _follows(call: Call, seed: Callable[[int], Any], seeds: Sequence[int], isolate: Isolate) -> bool:
+    """Whether the answer changes with what this seeds, and with nothing else: a second pass over the seeds,
+    backwards, gives each what the first gave it. (A counter modulo n would, in order.)
+    """
+
+    def answer(number: int) -> str:
+        seed_all(0)
+        seed(1 + number)
+        return digest(call())
+
+    first = {number: isolate(partial(answer, number)) for number in seeds}
+    second = {number: isolate(partial(answer, number)) for number in reversed(seeds)}
+    return first == second and len(set(first.values())) > 1
 
 
 def _generators_of(call: Call) -> list[str]:

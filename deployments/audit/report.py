@@ -110,6 +110,23 @@ def measured(report: Report) -> Iterator[str]:
         f"{name.replace('_', ' ')} {ratio:g} times" for name, ratio in found["speed_up"].items()
     )
     yield f"against that: {gains}"
+    if "why" in found:
+        yield found["why"]
+    yield from left_as_it_is(report)
+
+
+def left_as_it_is(report: Report) -> Iterator[str]:
+    """What the mode and the batching cost, where they are not the best."""
+    gains = report["measured"]["speed_up"]
+    if report["mode"] == "exclusive" and gains["pool_of_2"] > 1:
+        yield f"exclusive, one at a time: two instances would give {gains['pool_of_2']:g} times"
+    if report["mode"] == "pool":
+        yield f"pool: instances take memory for what is not shared; two give {gains['pool_of_2']:g} times"
+    if report["mode"] == "processes":
+        yield "processes: each replica takes the memory of an instance and of an interpreter (about 300 MiB)"
+    batch = next((name for name in gains if name.startswith("batch")), None)
+    if report["batching"] == "per_item" and batch and gains[batch] > 1:
+        yield f"per_item: a {batch.replace('_', ' ')} would give {gains[batch]:g} times"
 
 
 def markdown(report: Report) -> str:

@@ -124,5 +124,8 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield len(value)
         for part in value:
             yield from _leaves(part)
+    elif hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, type)):
+        yield type(value).__name__
+        yield from _leaves(vars(value))
     else:
         yield value

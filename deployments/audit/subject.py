@@ -93,7 +93,7 @@ class BatchSubject:
 
 def load(target: Target) -> Subject:
     """Import, make and load the model; raises ModelClassError, or what the model raises."""
-    found = find(target)
+    found, module = find(target)
     if isinstance(found, type) and is_language_model(found):
         return LanguageSubject(found(**target.model_args), target.device, target.optimise)
     if isinstance(found, type) and is_stepwise(found):
@@ -101,17 +101,17 @@ def load(target: Target) -> Subject:
     is_bare = isinstance(found, type) and issubclass(found, torch.nn.Module) and not hasattr(found, "load")
     if isinstance(found, type) and not is_bare:
         return BatchSubject(found, target)
-    return BatchSubject(ModuleModel.of(found, target.model_args), target)
+    return BatchSubject(ModuleModel.of(found, module), target)
 
 
-def find(target: Target) -> Any:
-    """The class, module or factory that the target names. Raises ModelClassError."""
+def find(target: Target) -> tuple[Any, ModuleType]:
+    """The class, module or factory that the target names, and the file it is in. Raises ModelClassError."""
     where, _, name = target.model.rpartition(":")
     if not where or not name:
         raise ModelClassError(f"{target.model!r} is not of the form 'path/to/file.py:Class'")
     module = _import_file(Path(target.folder, where)) if where.endswith(".py") else _import(where, target)
     try:
-        return getattr(module, name)
+        return getattr(module, name), module
     except AttributeError:
         names = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
         raise ModelClassError(f"{where} has no {name}; it has {', '.join(names[:12])}") from None

@@ -35,8 +35,31 @@ class Input:
         return f"examples()[{self.example}]" + (f" {self.change}" if self.change else "")
 
 
-LEAST_TRIALS = 30
-"""Overlaps without a difference before "no difference" is said: lockstep of all pairs by all instruments."""
-
 Batch = tuple[Input, ...]
 """The items of one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the first phase found, for the others, so that all number the calls alike.
+
+    calls: those that go through. is_random: the first follows the seeds. repeats: made again in another
+    order they give the same: nothing is kept that matters.
+    """
+
+    calls: tuple[Batch, ...]
+    is_random: bool = False
+    repeats: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        calls = [[[item.example, item.change] for item in batch] for batch in self.calls]
+        return {"calls": calls, "is_random": self.is_random, "repeats": self.repeats}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Known":
+        calls = tuple(tuple(Input(*item) for item in batch) for batch in value["calls"])
+        return Known(calls, value["is_random"], value["repeats"])
+
+
+LEAST_TRIALS = 30
+"""Overlaps without a difference before "no difference" is said: lockstep of all pairs by all instruments."""

@@ -19,7 +19,7 @@ POLL_S = 0.005
 BLOCKED_AFTER_S = 0.03
 """Asleep without CPU time and without a point for so long: it waits for a lock. A call that sleeps looks the
 same, and is then interleaved as the machine likes."""
-STUCK_AFTER_S = 20.0
+STUCK_AFTER_S = 5.0
 """Nobody goes on: a deadlock. The threads are left behind; the process is the audit's own."""
 
 

@@ -1,17 +1,29 @@
 """The audit as a whole: fresh processes, the verdict, the command; unsafe files are told from safe ones."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from deployments.audit import report as reports
 from deployments.audit import store
-from deployments.audit.audit import compare_orders, with_history
+from deployments.audit.audit import names_of
 from deployments.audit.findings import PROPERTIES, Property
-from deployments.audit.phases import orders
+from deployments.audit.histories import (
+    compare_orders,
+    is_steady,
+    second_differs,
+    with_history,
+    without_steadiness,
+)
+from deployments.audit.phases import known_of, orders
 from deployments.audit.process import Outcome, run_phase
 from deployments.audit.subject import calls_of, load
 from deployments.audit.target import Input, Target
@@ -19,6 +31,7 @@ from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 from deployments.runtime.model_class import ModelClassError
 from scripts import audit as command
 
+FOLDER = Path(__file__).parents[2]
 KINDS = str(Path(__file__).with_name("kinds.py"))
 SMALL = ["--budget-s", "6"]
 
@@ -84,6 +97,11 @@ def test_module_of_a_factory_is_audited_with_the_examples_beside_it(
         ("nowhere.py:Model", "there is no file"),
         ("no_application", "has no application 'no_application'"),
         (f"{KINDS}:Fails", "ValueError: weights are missing"),
+        (KINDS, "say which class or function of it"),
+        ("no_such_file.py", "there is no file"),
+        (__file__.replace("test_audit.py", "weights.pt"), "there is no file"),
+        ("no.such.module:Model", "importing no.such.module raised ModuleNotFoundError"),
+        ("nothing:", "not of the form"),
     ],
 )
 def test_what_can_not_be_audited_says_why(
@@ -92,6 +110,13 @@ def test_what_can_not_be_audited_says_why(
     monkeypatch.chdir(Path(__file__).parents[2])
     assert command.main([target, *SMALL]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_gpu_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert command.main([f"{KINDS}:CleanCnn", "--device", "cuda", *SMALL]) == 2
+    assert "finds no GPU here; leave --device out" in capsys.readouterr().err
 
 
 def test_replay_of_an_unknown_race_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +144,61 @@ def test_phase_that_raises_dies_or_hangs_is_told_apart() -> None:
     hung = run_phase(f"{SMALL_PHASES}:hangs", limit_s=1.0)
     assert "longer than 1 s" in hung.error
     assert time.monotonic() - began < 20
+
+
+def test_what_a_model_prints_is_no_part_of_the_report(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_phase(f"{SMALL_PHASES}:prints", limit_s=60.0).error == ""
+    assert "greeting" not in capfd.readouterr().out
+
+
+def test_phase_ends_when_the_audit_is_stopped() -> None:
+    stopped = threading.Event()
+    outcome = run_phase(
+        f"{SMALL_PHASES}:says_for_ever", limit_s=60.0, stopped=stopped, on_said=lambda said: stopped.set()
+    )
+    assert outcome.error == "the audit was stopped"
+    assert is_gone(outcome.last)
+
+
+def test_what_a_phase_started_ends_with_it() -> None:
+    assert is_gone(run_phase(f"{SMALL_PHASES}:leaves_a_child", limit_s=60.0).value)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_audit_that_is_ended_leaves_no_process(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    (tmp_path / "slow.py").write_text(
+        "import os, pathlib, time\n"
+        "class Slow:\n"
+        "    def load(self, device):\n"
+        f"        pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\n"
+        "        time.sleep(600)\n"
+        "    def forward(self, batch): return batch\n"
+    )
+    command = [sys.executable, "-m", "scripts.audit", str(tmp_path / "slow.py") + ":Slow"]
+    audit = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.DEVNULL)
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert audit.poll() is None
+        time.sleep(0.05)
+    audit.send_signal(sent)
+    assert audit.wait(60) == status
+    assert is_gone(int(pid_file.read_text()))
+
+
+def is_gone(pid: int) -> bool:
+    """Waits for it; a zombie that nobody has asked for counts as gone."""
+    stat = Path(f"/proc/{pid}/stat")
+    for _ in range(1200):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # What the properties add up to
@@ -160,11 +240,15 @@ def test_words_are_never_plain_safe() -> None:
     assert verdict_of(properties(unknown=("thread_safe",)), []) == "undecided"
 
 
+def of_orders(*answers: tuple[int, str], second: tuple[tuple[int, str], ...] = ()) -> Outcome:
+    return Outcome({"first": list(answers), "second": list(second)})
+
+
 def test_answer_that_follows_the_order_of_calls_is_found_across_processes() -> None:
     alone = {"calls": [["examples()[0]"], ["examples()[1]"]], "writes": [], "first_writes": []}
-    same = [Outcome([(0, "a"), (1, "b")]), Outcome([(1, "b"), (0, "a")])]
+    same = [of_orders((0, "a"), (1, "b")), of_orders((1, "b"), (0, "a"))]
     assert compare_orders(same, alone).holds is True
-    other = [Outcome([(0, "a"), (1, "b")]), Outcome([(1, "c"), (0, "a")])]
+    other = [of_orders((0, "a"), (1, "b")), of_orders((1, "c"), (0, "a"))]
     found = compare_orders(other, alone)
     assert found.holds is False
     assert found.evidence[0]["answers"] == 2
@@ -173,19 +257,41 @@ def test_answer_that_follows_the_order_of_calls_is_found_across_processes() -> N
 
 def test_largest_value_seen_is_history_though_it_saturates() -> None:
     target = Target(f"{KINDS}:LargestSeenOnSelf")
-    calls = calls_of(load(target))
-    outlier = next(n for n, batch in enumerate(calls) if batch[0].change == "x-100")
-    outcomes = [Outcome(orders(lambda said: None, target, calls, first, 0.0)) for first in (0, outlier)]
-    alone = {"calls": [[str(item) for item in batch] for batch in calls], "writes": [], "first_writes": []}
+    known = known_of(load(target))
+    outlier = next(n for n, batch in enumerate(known.calls) if batch[0].change == "x-100")
+    outcomes = [
+        Outcome(orders(lambda said: None, target, known, first, 0.0, False)) for first in (0, outlier)
+    ]
+    alone = {"calls": names_of(known), "writes": [], "first_writes": []}
     assert compare_orders(outcomes, alone).holds is False
 
 
 def test_history_of_calls_is_history_of_other_threads_calls() -> None:
     found = with_history(properties("order_independent"))
     assert (found["thread_safe"].holds, found["cold_start_safe"].holds) == (False, False)
-    assert (found["copy_safe"].holds, found["batch_invariant"].holds) == (None, None)
+    assert (found["copy_safe"].holds, found["batch_invariant"].holds) == (True, True)
     assert found["deterministic"].holds is True
     assert with_history(properties("copy_safe")) == properties("copy_safe")
+
+
+def test_history_that_instances_share_is_told_of_copies() -> None:
+    found = with_history(properties("order_independent"), across="examples()[0]")
+    assert (found["copy_safe"].holds, found["batch_invariant"].holds) == (False, True)
+
+
+def test_second_instance_that_knows_what_the_first_was_asked_is_found() -> None:
+    alone = {"calls": [["examples()[0]"], ["examples()[1]"]]}
+    first = ((0, "a"), (1, "b"))
+    assert second_differs([of_orders(*first), of_orders(*first, second=first)], alone) == ""
+    other = of_orders(*first, second=((0, "a"), (1, "c")))
+    assert second_differs([of_orders(*first), other], alone) == "examples()[1]"
+
+
+def test_what_differs_in_processes_that_did_the_same_decides_nothing() -> None:
+    assert is_steady([of_orders((0, "a")), of_orders((0, "a"), (0, "a"))])
+    assert not is_steady([of_orders((0, "a")), of_orders((0, "b"))])
+    found = without_steadiness(properties("thread_safe"))
+    assert (found["thread_safe"].holds, found["deterministic"].holds) == (None, False)
 
 
 def test_every_property_has_a_question_and_a_cure() -> None:

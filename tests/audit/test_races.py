@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from deployments.audit.phases import races_of
+from deployments.audit.phases import known_of, races_of
 from deployments.audit.races import Races, Trial, stretches
 from deployments.audit.schedules import Inside
+from deployments.audit.subject import load
 from deployments.audit.target import Target
 from deployments.audit.turns import Point
 from tests.audit import kinds
@@ -20,7 +21,8 @@ NAMES = [kind.__name__ for kind in TRUTH if kind.__name__ not in ENDS_THE_PROCES
 
 
 def races(name: str, phase: str = "threads") -> Races:
-    return races_of(Target(f"tests.audit.kinds:{name}", folder=FOLDER), phase)
+    target = Target(f"tests.audit.kinds:{name}", folder=FOLDER)
+    return races_of(target, known_of(load(target)), phase)
 
 
 def is_false(name: str, what: str) -> bool:
