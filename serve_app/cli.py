@@ -12,6 +12,7 @@ import sys
 SCRIPTS = {
     "bench": "run a benchmark: the table and its JSON",
     "audit": "may this model be shared between threads, may it be batched?",
+    "variants": "which optimised forms of this model are right and faster here?",
     "tune": "measure an application and set its options",
     "load": "send open-loop load to a URL",
     "batch-infer": "run a whole file through an application, offline",

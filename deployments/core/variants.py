@@ -1,7 +1,7 @@
 """The names of `optimise`: what each variant does, where it can run, which exclude each other, its error.
 
 Owns: this table and its checks. Must not know: torch, models; runtime/optimise makes the variants and
-audit/variants.py verifies them.
+audit/variant.py verifies them.
 """
 
 import difflib
@@ -35,10 +35,8 @@ VARIANTS = {
         Variant("bf16", "weights and activations in bfloat16", "numbers", HALF),
         Variant("fp16", "weights and activations in float16", "numbers", HALF, ("cuda",)),
         Variant("packed", "fp32 weights laid out once for oneDNN's kernels", "numbers", EXACT, ("cpu",)),
-        Variant("int8", "8-bit weights and activations, a scale for each token", "numbers", ROUNDED),
-        Variant(
-            "int8_weights", "8-bit weights, a scale for each output; products in fp32", "numbers", ROUNDED
-        ),
+        Variant("int8", "8-bit weights and activations, a scale a row, or calibrated", "numbers", ROUNDED),
+        Variant("int8_weights", "8-bit weights, a scale an output; products in fp32", "numbers", ROUNDED),
         Variant("int4_weights", "4-bit weights, a scale for each group of 32", "numbers", ROUNDED),
         Variant(
             "dynamic_int8", "torch's own: 8 bits, one scale for all of a batch", "numbers", ROUNDED, ("cpu",)

@@ -1,7 +1,7 @@
 """Makes a loaded model faster in the ways that `optimise` names.
 
 Owns: whose transformation a variant gets, the model's own or the generic one, and the words where neither can
-be. Must not know: whether it was worth it; audit/variants.py verifies that. Source: CONTRACT.md, `optimise`.
+be. Must not know: whether it was worth it; audit/variant.py verifies that. Source: CONTRACT.md, `optimise`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
