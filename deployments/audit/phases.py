@@ -161,6 +161,12 @@ def batches(say: Say, target: Target, known: Known, seconds: float) -> dict[str,
     return {"batch_invariant": mates, "padding_invariant": crowds.check_padding()}
 
 
+def batches_alone(say: Say, target: Target, seconds: float) -> dict[str, Property]:
+    """The same without a phase before it: what a variant must hold (variant.py)."""
+    _begin(target)
+    return batches(say, target, known_of(_load(target)), seconds)
+
+
 def measured(say: Say, target: Target, known: Known, seconds: float, is_shareable: bool) -> dict[str, Any]:
     """Memory and speed-ups, with all of the machine's cores."""
     cores = usable_cpus()

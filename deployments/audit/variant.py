@@ -46,7 +46,8 @@ def verify(
     progress(f"{'+'.join(ordered)}: compared with the model as it is")
     outcome = run_phase(
         "deployments.audit.comparison:compare", target, ordered, budget_s / 2, batch_size,
-        limit_s=budget_s + LOAD_S, on_said=lambda said: progress(f"  {said}"),
+        limit_s=budget_s + LOAD_S, is_forked=target.device == "cpu",
+        on_said=lambda said: progress(f"  {said}"),
     )  # fmt: skip
     known |= {"measure": None, "mean_error": None, "worst_error": None, "speedup": None, "audit": None}
     if outcome.error:
@@ -85,7 +86,10 @@ def refusal_of(known: dict[str, Any], allowed: float) -> str:
 
 
 def _batches(target: Target, seconds: float) -> dict[str, Any]:
-    outcome = run_phase("deployments.audit.phases:batches", target, seconds, limit_s=seconds + LOAD_S)
+    outcome = run_phase(
+        "deployments.audit.phases:batches_alone", target, seconds,
+        limit_s=seconds + LOAD_S, is_forked=target.device == "cpu",
+    )  # fmt: skip
     if outcome.error:
         return {"batch_invariant": {"holds": None, "reason": outcome.error}}
     return {name: found.as_json() for name, found in outcome.value.items()}
