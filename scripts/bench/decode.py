@@ -5,6 +5,7 @@ text are in it, HTTP and scheduling are not.
 """
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Values
 
 from deployments.core.generation import GenerationRequest, Sampling
@@ -35,12 +36,14 @@ class Decoder:
             self._step([sequence])
         return found
 
-    def go_on(self, sequences: Values[Sequence], steps: int) -> float:
-        """So many steps of all of them -> tokens/s."""
-        began = time.perf_counter()
+    def go_on(
+        self, sequences: Values[Sequence], steps: int, clock: Callable[[], float] = time.perf_counter
+    ) -> float:
+        """So many steps of all of them -> tokens a second of this clock."""
+        began = clock()
         for _ in range(steps):
             self._step(sequences)
-        return len(sequences) * steps / (time.perf_counter() - began)
+        return len(sequences) * steps / (clock() - began)
 
     def end(self, sequences: Values[Sequence]) -> None:
         """Their slots are free again."""
