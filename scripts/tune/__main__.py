@@ -36,7 +36,7 @@ examples:
 Exit status: 0 chosen, 1 it could not decide (the config's values stay), 2 it could not run.
 """
 
-LEAST_START_S = 60.0
+LEAST_START_S = 180.0
 """For loading and the first runs, whatever the budget: who isn't ready then hangs."""
 
 

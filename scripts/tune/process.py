@@ -78,7 +78,9 @@ class Worker:
     def _receive(self, limit_s: float, doing: str) -> Any:
         try:
             if not self._pipe.poll(limit_s):
-                raise CouldNotRun(f"its process was still {doing} after {limit_s:.0f} s: does forward hang?")
+                raise CouldNotRun(
+                    f"its process was still {doing} after {limit_s:.0f} s: does the model hang?"
+                )
             kind, value = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(5.0)

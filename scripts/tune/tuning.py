@@ -49,6 +49,9 @@ class Tuning(Session):
         """Leaves the best so far in `result.chosen`, however far the budget lets it come."""
         best = self.search.climb(self.app.start, self.sizes())
         self.result.chosen = best
+        times = self.median(best) / max(1e-9, self.median(self.app.start))
+        if best != self.app.start and self.median(self.app.start):
+            self._reasons["batch"] = f"{times:.2f} times what {self.app.start.batch} gives (one look at each)"
         self.open([self.app.start.shape])  # a size that ended its process ended the curve
         shaped = self._shape(best)
         best = self._batch(shaped, is_new=shaped.shape != best.shape)

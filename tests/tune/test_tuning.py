@@ -83,6 +83,7 @@ def test_batch_and_slots_are_changed_with_their_reasons() -> None:
     changes = {change.key: change for change in result.changes}
     assert set(changes) == {"max_batch_size", "slots"}
     assert changes["max_batch_size"].value in (16, 32)
+    assert "times as fast" in changes["max_batch_size"].reason
     assert changes["slots"].value == 2
     assert "times (95 % between" in changes["slots"].reason
     assert "what 1 slot x 2 threads gives" in changes["slots"].reason
