@@ -35,7 +35,7 @@ TITLES = {
     "unsafe": "Unsafe models under `safety: auto`, 10,000 concurrent requests: wrong answers",
     "pool": "Four MiniLM instances against one: resident memory",
     "memory": "A memory limit halfway through 5,000 requests of mixed size",
-    "tune": "tune's choice against the best of a full grid, and its time (worst of three models)",
+    "tune": "tune's choice against the best of a full grid, and its time (worst of its models)",
 }
 
 _HEAD = """# Benchmarks
