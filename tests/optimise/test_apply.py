@@ -9,6 +9,7 @@ import torch
 from deployments.core import variants
 from deployments.runtime.adapter import Adapter, ModelClassError
 from deployments.runtime.optimise import capture, linears
+from deployments.runtime.optimise.fingerprint import fingerprint
 
 
 class Plain:
@@ -257,3 +258,18 @@ def batch_of(name: str, *, outlier: bool) -> torch.Tensor:
     adapter.load("cpu")
     row = torch.randn(64)
     return torch.as_tensor(adapter.forward_batch([row, row * (100.0 if outlier else 1.0)])[0])
+
+
+def test_what_is_kept_on_disk_belongs_to_weights_settings_and_shapes() -> None:
+    def conv(stride: int = 1) -> torch.nn.Conv2d:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(1, 1, 3, stride=stride)
+
+    rows = [(torch.zeros(1, 1, 8, 8),)]
+    names = {fingerprint(conv(), rows), fingerprint(conv(2), rows)}
+    names.add(fingerprint(conv(), [(torch.zeros(1, 1, 9, 9),)]))
+    other = conv()
+    other.weight.data += 1e-3
+    names.add(fingerprint(other, rows))
+    assert len(names) == 4
+    assert fingerprint(conv(), rows) in names
