@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ async def test_two_slots_help_a_model_that_waits_and_not_one_that_locks() -> Non
     locked = [(await look("Locked", slots, 8)).rate for slots in (1, 2)]
     assert free[1] > 1.4 * free[0]
     assert locked[1] < 1.3 * locked[0]
+
+
+async def test_a_pool_has_all_its_slots_before_it_is_measured() -> None:
+    pool = replace(job("Knee"), safety="pool")
+    rates = []
+    for slots in (1, 2):
+        replica = Batched(pool, Shape(slots, 1), 8)
+        await replica.start()
+        rates.append((await replica.look(Point(Shape(slots, 1), 8), LOOK_S)).rate)
+        await replica.close()
+    assert rates[1] > 1.4 * rates[0]
 
 
 async def test_an_open_loop_tells_a_rate_that_is_carried_from_one_that_is_not() -> None:
