@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--objective", choices=("throughput", "latency"), default="throughput")
     parser.add_argument(
-        "--p99-ms", type=float, default=100.0, help="latency: what 99 % must keep within (100)"
+        "--p99-ms", type=float, default=100.0, help="latency: what 99 %% must keep within (100)"
     )
     parser.add_argument("--budget-s", type=float, default=120.0, help="seconds, at most about (120)")
     parser.add_argument(

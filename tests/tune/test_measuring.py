@@ -203,3 +203,10 @@ def test_a_config_that_does_not_pass_its_check_is_refused_with_the_reason(
     monkeypatch.chdir(folder)
     assert tune.main(["knee"]) == 2
     assert "did you mean 'max_batch_size'?" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        tune.main(["--help"])
+    assert end.value.code == 0
+    assert "python -m scripts.tune embed --write" in capsys.readouterr().out
