@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CouldNotRun, config_lines.CanNotWrite) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tune: stopped before anything was measured", file=sys.stderr)
+        return 1
     return _tune(app, options)
 
 
