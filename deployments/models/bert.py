@@ -116,12 +116,13 @@ def can_varlen(qkv: torch.Tensor) -> bool:
 
 def attend_one_by_one(qkv: torch.Tensor, ragged: Ragged) -> torch.Tensor:
     """The same for any device and dtype: one call of scaled_dot_product_attention a sequence."""
-    mixed = []
-    for part in torch.split(qkv, ragged.lengths):  # [n, 3, heads, D]
-        query, key, value = part.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, heads, n, D]
-        scores = F.scaled_dot_product_attention(query, key, value)
-        mixed.append(scores.squeeze(0).transpose(0, 1))
-    return torch.cat(mixed)
+    each = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, heads, T, D] three times
+    queries, keys, values = (part.split(ragged.lengths, dim=2) for part in each)
+    mixed = [
+        F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # [1, n, heads, D]
+        for query, key, value in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(mixed, 1).squeeze(0)
 
 
 class RaggedBert:
