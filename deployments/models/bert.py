@@ -117,7 +117,7 @@ def can_varlen(qkv: torch.Tensor) -> bool:
 def attend_one_by_one(qkv: torch.Tensor, ragged: Ragged) -> torch.Tensor:
     """The same for any device and dtype: one call of scaled_dot_product_attention a sequence."""
     each = qkv.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # [1, heads, T, D] three times
-    queries, keys, values = (part.split(ragged.lengths, dim=2) for part in each)
+    queries, keys, values = (torch.split(part, ragged.lengths, 2) for part in each)
     mixed = [
         F.scaled_dot_product_attention(query, key, value).transpose(1, 2)  # [1, n, heads, D]
         for query, key, value in zip(queries, keys, values, strict=True)
