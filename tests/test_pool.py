@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -224,6 +225,29 @@ async def test_a_budget_below_the_loaded_model_says_so() -> None:
     with pytest.raises(BudgetError, match="memory: 50 MiB are less than"):
         async with serving(Noter, POOL, memory=50 * 2**20):
             pass
+
+
+async def test_a_budget_is_changed_in_place_and_bounds_what_comes_next() -> None:
+    class Roomy(Noter):
+        def preprocess(self, item: Any) -> torch.Tensor:
+            return torch.tensor(float(item))
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            torch.ones(len(batch), 2**20)  # 4 MiB an item
+            return batch * 2
+
+        def postprocess(self, output: torch.Tensor) -> float:
+            return float(output)
+
+    async with serving(Roomy, Sharing("exclusive", 1), max_batch_size=32) as service:
+        free = service.stats()["memory"]["learned_max_cost"]
+        assert free is None or free > 32
+        room = service.stats()["memory"]["used_bytes"] + 48 * 2**20
+        service.change_limits(replace(service.limits, memory=room))
+        assert service.stats()["memory"]["learned_max_cost"] < 16  # by what the first runs took an item
+        found = await asyncio.gather(*(ask(service, *range(32)) for _ in range(4)))
+        assert all([o.value for o in answer.outcomes] == [2.0 * n for n in range(32)] for answer in found)
+        assert service.stats()["memory"]["budget_bytes"] == room
 
 
 async def test_no_more_instances_than_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
