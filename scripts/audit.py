@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random overlaps (0)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--markdown", metavar="FILE", help="write the report as a page")
+    parser.add_argument(
+        "--store", metavar="FOLDER", type=Path, help="keep the report there (~/.cache/brimful/audits)"
+    )
     parser.add_argument("--replay", metavar="ID", help="show a race again; the report names its id")
     options = parser.parse_args(argv)
     if options.replay:
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AuditFailed, ValueError, SyntaxError) as error:
         print(f"audit: {options.target} could not be audited: {error}", file=sys.stderr)
         return 2
-    _keep(report, options.markdown)
+    _keep(report, options)
     print(json.dumps(report) if options.json else "\n".join(reports.lines(report)))
     return 1 if report["fails"] else 0
 
@@ -104,12 +107,12 @@ def _key(target: Target) -> str:
         return hashlib.sha256(repr(target).encode()).hexdigest()[:32]
 
 
-def _keep(report: dict[str, Any], page: str | None) -> None:
+def _keep(report: dict[str, Any], options: argparse.Namespace) -> None:
     """What can't be written is told; the report is printed anyway."""
     try:
-        store.save(report)
-        if page:
-            Path(page).write_text(reports.markdown(report))
+        store.save(report, options.store)
+        if options.markdown:
+            Path(options.markdown).write_text(reports.markdown(report))
     except OSError as error:
         print(f"audit: the report could not be kept ({error}); --replay won't find it", file=sys.stderr)
 

@@ -22,7 +22,7 @@ from deployments.core.submission import Example, Submission
 from deployments.runtime.adapter import Adapter
 from deployments.runtime.device import usable_cpus
 from deployments.runtime.executor import Hop, ModelExecutor, direct_hop
-from deployments.runtime.memory import Budget
+from deployments.runtime.memory import Budget, release_memory
 from deployments.runtime.slots import MakeModel, Sharing
 from deployments.runtime.warm_up import WarmUp
 from deployments.runtime.whole import Answered, Whole
@@ -37,6 +37,8 @@ INLINE_BODY_BYTES = 64 * 1024
 CHUNKS_PER_THREAD = 4
 """Into how many parts a long list is cut for the pool: a cancelled request stops after one."""
 GAUGE_EVERY_S = 1.0
+RELEASE_AFTER_S = 10.0
+"""Idle for so long, and what each thread's allocator holds for the next batch goes back to the machine."""
 HANG_AFTER_S = 120.0
 """A batch that runs this long is a hung model: a pool replaces the instance; otherwise check_health fails
 and Ray replaces the replica."""
@@ -190,12 +192,17 @@ class ModelService:
         )
 
     async def _push_gauges(self) -> None:
+        seen, idle_s = self.figures.batches, 0.0
         while True:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
             try:
                 self._executor.give_up_hung(HANG_AFTER_S)
                 self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._held())
+                idle_s = idle_s + GAUGE_EVERY_S if self.figures.batches == seen else 0.0
+                if RELEASE_AFTER_S <= idle_s < RELEASE_AFTER_S + GAUGE_EVERY_S and not self._budget.is_gpu:
+                    await asyncio.to_thread(release_memory)
+                seen = self.figures.batches
             except Exception:  # the loop's outermost edge
                 logger.exception("metrics_failed app=%s", self._app_name)
 
