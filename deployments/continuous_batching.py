@@ -28,6 +28,7 @@ from deployments.runtime.continuous import ContinuousService
 from deployments.runtime.device import choose_device
 from deployments.runtime.fronts import Place, front_of
 from deployments.runtime.model_class import load_class
+from deployments.runtime.slots import Sharing
 
 SWITCH_S = 0.0005
 """The model thread asks for the interpreter's lock after each operator. While the event loop sends hundreds
@@ -55,8 +56,11 @@ class ContinuousBatching:
             sink=RayEngineMetrics(),
         )
         place = Place(choose_device(granted_gpus()), granted_gpu_share())
-        await self._service.start(place, granted_threads(spec.threads))
-        self._service.sharing = await choose_sharing(spec, place.device, self._service.instance)
+
+        async def decide(instance: Any) -> Sharing:
+            return await choose_sharing(spec, place.device, instance)
+
+        await self._service.start(place, granted_threads(spec.threads), decide=decide)
         keep_what_is_loaded()
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -6,8 +6,8 @@ replica goes by, the types of what the builder hands to a shell. Must not know: 
 
 import asyncio
 import gc
-import inspect
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from deployments.audit import deploy
 from deployments.audit.decision import Asked, decide
 from deployments.audit.target import Target
 from deployments.core.contract import Limits, Service
-from deployments.runtime.copies import digest_of
+from deployments.runtime.digest import digest_of
 from deployments.runtime.slots import Sharing
 
 logger = logging.getLogger(__name__)
@@ -92,13 +92,20 @@ def granted_threads(asked: int | None) -> int | None:
     return int(num_cpus) if num_cpus >= 1.0 else None
 
 
+def _folder_of(module: str) -> Path:
+    """Where the top of a loaded module's package lies: what has to be on the path to import it."""
+    file = Path(sys.modules[module].__file__ or ".").resolve()
+    up = module.count(".") + (file.name == "__init__.py")
+    return file.parents[min(up, len(file.parents) - 1)]
+
+
 async def choose_sharing(spec: ModelSpec, device: str, instance: Any) -> Sharing:
     """How the loaded model may be used: by its stored verdict, or under `auto` by one made now; its variants
     are verified first.
 
     Raises BatchingRefused, VariantRefused.
     """
-    folder = str(Path(inspect.getfile(type(instance))).parents[spec.model.count(".")])
+    folder = str(_folder_of(spec.model.partition(":")[0]))
     target = Target(spec.model, spec.model_args, folder, device, spec.optimise)
     weights = await asyncio.to_thread(digest_of, instance)
     if spec.optimise:

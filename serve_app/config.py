@@ -7,6 +7,7 @@ know: Ray, files.
 """
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -45,7 +47,19 @@ Sequences = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Streams = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
-Memory = Share | Annotated[int, Field(strict=True, ge=2**20, le=2**50)]
+LEAST_MEMORY = 2**20
+
+
+def _memory(value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (0 < value <= 1 or (value == int(value) and LEAST_MEMORY <= value <= 2**50)):
+        raise ValueError(
+            f"a share above 0 and up to 1 (0.9), or bytes as a whole number from {LEAST_MEMORY} (a MiB) on"
+        )
+    return float(value) if value <= 1 else int(value)
+
+
+Memory = Annotated[float, BeforeValidator(_memory)]
 QueueS = Literal["auto"] | Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 
 _MODEL = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", re.ASCII)

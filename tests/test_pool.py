@@ -14,7 +14,8 @@ import torch
 from deployments.core.contract import Answer, Limits, RequestOptions
 from deployments.core.errors import InvalidItem, ModelFailed
 from deployments.runtime.adapter import Adapter
-from deployments.runtime.copies import Weights, digest_of
+from deployments.runtime.copies import Weights
+from deployments.runtime.digest import digest_of
 from deployments.runtime.memory import BudgetError
 from deployments.runtime.service import ModelService
 from deployments.runtime.slots import Sharing
@@ -273,3 +274,163 @@ async def test_an_item_that_only_lacks_memory_beside_another_runs_when_it_is_alo
     async with serving(Crowded, POOL) as service:
         found = await asyncio.gather(*(answers(service, float(n)) for n in range(60)))
         assert found == [[[2.0 * n, float(n)]] for n in range(60)]
+
+
+# What a review found
+
+
+class Sized:
+    """Its postprocess reads what its preprocess noted: right as long as nothing comes in between."""
+
+    def load(self, device: str) -> None: ...
+
+    def preprocess(self, item: Any) -> torch.Tensor:
+        if item == "key":
+            raise KeyError("half way")
+        self.size = len(item)
+        return torch.tensor(item, dtype=torch.float32)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.sum(1)
+
+    def postprocess(self, output: torch.Tensor) -> list[float]:
+        return [float(output), self.size]
+
+    def examples(self) -> list[list[float]]:
+        return [[1.0, 1.0], [2.0, 1.0, 1.0]]
+
+
+async def test_items_of_different_shapes_in_one_batch_keep_their_own_notes() -> None:
+    async with serving(Sized, Sharing("exclusive", 1, is_whole=True), max_batch_size=8) as service:
+        items = [[1.0] * (2 + n % 3) for n in range(8)]
+        assert await answers(service, *items) == [[float(len(item)), len(item)] for item in items]
+
+
+async def test_an_instance_whose_preprocess_raised_is_replaced() -> None:
+    async with serving(Sized, Sharing("exclusive", 1, is_whole=True)) as service:
+        (error,) = await answers(service, "key")
+        assert isinstance(error, ModelFailed)
+        assert await answers(service, [1.0, 1.0]) == [[2.0, 2]]
+        assert service.stats()["slots"]["renewed"] == 1
+
+
+async def test_a_bad_item_in_a_full_batch_costs_two_fresh_instances_at_most() -> None:
+    Noter.made.clear()
+    async with serving(Noter, Sharing("exclusive", 1, is_whole=True), max_batch_size=32) as service:
+        before = len(Noter.made)
+        items: list[Any] = [float(n) for n in range(31)]  # the last one's note is what forward reads
+        found = await answers(service, *items, {"value": 1, "raise": True})
+        assert isinstance(found[-1], ModelFailed)
+        assert [one[0] for one in found[:-1]] == [2 * value for value in items]
+        for _ in range(100):
+            if service.stats()["slots"]["now"]:
+                break
+            await asyncio.sleep(0.02)
+        assert len(Noter.made) - before <= 3
+
+
+async def test_the_first_instances_writes_to_shared_weights_are_noticed() -> None:
+    class FirstOnly(Noter):
+        writes: ClassVar[bool] = False
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            if self is FirstOnly.made[0] and FirstOnly.writes:
+                self.table.add_(1).sub_(1)
+            return super().forward(batch)
+
+    FirstOnly.made = []
+    async with serving(FirstOnly, POOL) as service:
+        await asyncio.gather(*(answers(service, float(n)) for n in range(200)))
+        assert service.stats()["slots"]["now"] > 1
+        FirstOnly.writes = True
+        await asyncio.gather(*(answers(service, float(n)) for n in range(200)))
+        assert not service._executor._instances._ties
+
+
+def test_views_and_lazy_layers_are_left_alone() -> None:
+    class Views:
+        def __init__(self) -> None:
+            self.big = torch.arange(8.0)
+            self.head = self.big[:2]
+            self.net = torch.nn.Module()
+            self.net.register_buffer("cache", torch.zeros(4))
+            self.row = self.net.cache[:2]
+            self.lazy = torch.nn.LazyLinear(3)
+
+    first, copy = Views(), Views()
+    Weights(first).tie(copy)
+    first.row.fill_(7)
+    assert copy.big.tolist() == list(range(8))
+    assert copy.head.tolist() == [0, 1]
+    assert copy.row.tolist() == [0, 0]
+    assert copy.net.cache.tolist() == [0] * 4
+    assert digest_of(first) != digest_of(copy)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_digest_sees_modes_and_scripts() -> None:
+    def of(net: torch.nn.Module) -> str:
+        return digest_of(_Holder(net))
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(4, 4)
+    assert of(linear.train()) != of(linear.eval())
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    class Thrice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 3
+
+    assert of(torch.jit.script(Twice())) != of(torch.jit.script(Thrice()))
+
+
+class _Holder:
+    def __init__(self, net: torch.nn.Module) -> None:
+        self.net = net
+
+
+async def test_a_hang_beside_an_item_that_waits_to_be_alone_freezes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deployments.runtime.service.HANG_AFTER_S", 0.3)
+    monkeypatch.setattr("deployments.runtime.service.GAUGE_EVERY_S", 0.05)
+    hanging = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Both(Noter):
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            if isinstance(self.asked, dict) and "hang_s" in self.asked:
+                loop.call_soon_threadsafe(hanging.set)
+            if isinstance(self.asked, dict) and "oom" in self.asked and hanging.is_set():
+                raise MemoryError
+            return super().forward(batch)
+
+    async with serving(Both, POOL) as service:
+        await asyncio.gather(*(answers(service, float(n)) for n in range(100)))  # the pool has grown
+        hung = asyncio.ensure_future(answers(service, {"value": 1, "hang_s": 2.0}))
+        await hanging.wait()
+        alone = asyncio.ensure_future(answers(service, {"value": 2, "oom": True}))
+        (error,) = await asyncio.wait_for(hung, 20)
+        assert isinstance(error, ModelFailed)
+        (error,) = await asyncio.wait_for(alone, 20)
+        assert isinstance(error, InvalidItem)
+        assert await asyncio.wait_for(answers(service, 7.0), 20) == [[14.0, 7.0]]
+
+
+async def test_a_pool_that_can_not_grow_does_not_try_at_each_batch() -> None:
+    class Once(Noter):
+        loads: ClassVar[int] = 0
+
+        def load(self, device: str) -> None:
+            type(self).loads += 1
+            if type(self).loads > 1:
+                raise OSError("no more weights")
+            super().load(device)
+
+    async with serving(Once, POOL) as service:
+        await asyncio.gather(*(answers(service, float(n)) for n in range(200)))
+        assert Once.loads <= 3
+        service.check_health()

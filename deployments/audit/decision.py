@@ -121,9 +121,8 @@ def _batch_size(asked: Asked, report: Report, warnings: list[str]) -> int | None
     """1 where the evidence is against batches; None: as configured."""
     if report["batching"] == "dynamic":
         return None
-    found = report["properties"]["batch_invariant"]
-    if found["holds"] is not False:
-        found = report["properties"]["padding_invariant"] if found["holds"] else found
+    mates, padding = (report["properties"][name] for name in ("batch_invariant", "padding_invariant"))
+    found = padding if padding["holds"] is False and mates["holds"] is not False else mates
     if asked.allow_batch_dependence:
         warnings.append(f"batches are formed (allow_batch_dependence), though {found['reason']}")
         return None

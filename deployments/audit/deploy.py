@@ -4,6 +4,7 @@ Owns: when an audit is made (never in a request) and that replicas of one model 
 Ray, how an audit works, what a verdict is used for.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -36,13 +37,13 @@ def check_variants(
         key = f"{code_key(target)}-variant-{max_error}"
     except (OSError, ValueError, SyntaxError) as error:
         raise VariantRefused(f"optimise: can't be verified: {error}") from error
-    with store.making():
-        found = store.find(key, weights)
+    with contextlib.ExitStack() as stack:
+        found = store.find(key, weights) or _wait_for(stack, key, weights)
         if found is None:
             logger.info("event=variant_begins model=%s optimise=%s", target.model, list(target.optimise))
             plain = replace(target, optimise=())
             found = {**verify(plain, target.optimise, max_error, progress), "key": key, "weights": weights}
-            store.save(found)
+            _keep(found)
     said = "accepted" if found["accepted"] else "refused"
     logger.info(
         "event=variant model=%s optimise=%s %s: %s",
@@ -79,24 +80,41 @@ def verdict_of(
         key = code_key(target)
     except (OSError, ValueError, SyntaxError) as error:
         return {"failed": str(error)}
-    with store.making():
-        known = store.find(key, weights)
+    with contextlib.ExitStack() as stack:
+        known = store.find(key, weights) or _wait_for(stack, key, weights)
         if known is not None:
             return known
         began = time.monotonic()
         logger.info("event=audit_begins model=%s budget_s=%.0f", target.model, budget_s)
         try:
             report = Audit(target, target.model, budget_s, progress=progress).run()
-        except AuditFailed as error:
-            report = {"failed": str(error), "target": target.model}
+        except AuditFailed as error:  # not kept: what stood in its way may be gone at the next start
+            logger.warning("event=audit_failed model=%s %s", target.model, error)
+            return {"failed": str(error)}
         report = {"weights": weights, **report, "key": key}
-        store.save(report)
+        _keep(report)
         logger.info(
             "event=audit_ended model=%s verdict=%r mode=%s batching=%s took_s=%.0f",
             target.model,
-            report.get("verdict", "failed"),
-            report.get("mode"),
-            report.get("batching"),
+            report["verdict"],
+            report["mode"],
+            report["batching"],
             time.monotonic() - began,
         )
         return report
+
+
+def _wait_for(stack: contextlib.ExitStack, key: str, weights: str) -> dict[str, Any] | None:
+    """Be the one who makes a report, while `stack` is open; the report, where another has just made it."""
+    try:
+        stack.enter_context(store.making())
+    except OSError as error:
+        logger.warning("event=no_store %s: XDG_CACHE_HOME should name a folder that can be written", error)
+    return store.find(key, weights)
+
+
+def _keep(report: dict[str, Any]) -> None:
+    try:
+        store.save(report)
+    except OSError as error:
+        logger.warning("event=verdict_not_kept %s: the next start makes it again", error)

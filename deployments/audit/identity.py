@@ -1,11 +1,13 @@
 """What a verdict is about: the model's code, its arguments, the versions it ran with.
 
 Owns: that key, from source files, without importing or loading the model. Must not know: torch, verdicts.
-Comments and docstrings may change without a new audit, code may not. Weights are told apart after loading
+Comments and docstrings may change without a new audit, code may not; what is imported by a name made at run
+time is not seen, nor are files that `load` reads. Weights are told apart after loading
 (runtime/copies.digest_of), since a class may read them from anywhere.
 """
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -13,7 +15,7 @@ import json
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from deployments.audit.target import Target
@@ -43,9 +45,13 @@ def code_key(target: Target) -> str:
         "device": target.device.partition(":")[0],
         "python": ".".join(platform.python_version_tuple()[:2]),
         "files": files,
-        "libraries": {name: _version(name) for name in sorted(libraries)},
+        "libraries": {name: _version(name) for name in sorted({*libraries, "torch"})},
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+    try:
+        text = json.dumps(facts, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"model_args: only what JSON knows can be told apart later ({error})") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def source_of(target: Target) -> Path | None:
@@ -70,10 +76,22 @@ def _reachable(first: Path, folder: Path) -> tuple[list[str], set[str]]:
             file = _file_of(name, folder, path.parent)
             if file is None or not _is_own(name, file):
                 libraries.add(name.partition(".")[0])
-            elif file not in seen:
-                seen.add(file)
-                waiting.append(file)
+            else:
+                for one in (file, *_packages_of(file)):
+                    if one not in seen:
+                        seen.add(one)
+                        waiting.append(one)
     return sorted(files), libraries
+
+
+def _packages_of(file: Path) -> list[Path]:
+    """The packages that are imported before it: they run, too."""
+    found = []
+    folder = file.parent
+    while (folder / "__init__.py").is_file():
+        found.append((folder / "__init__.py").resolve())
+        folder = folder.parent
+    return found
 
 
 def _code_of(tree: ast.Module) -> str:
@@ -95,23 +113,26 @@ def _imports(tree: ast.Module, path: Path) -> Iterator[str]:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = path.parents[node.level - 1]
-            for name in (node.module or "", *(alias.name for alias in node.names)):
-                if (package / f"{name.replace('.', '/')}.py").exists():
-                    yield str(package / f"{name.replace('.', '/')}.py")
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            yield from (
+                str(file) for name in ("", *(a.name for a in node.names)) for file in _files(base / name)
+            )
 
 
 def _file_of(name: str, *folders: Path) -> Path | None:
     """The source of a module, looked up beside the model first; None for what has none, or is no module."""
     if name.endswith(".py"):
         return Path(name).resolve()
-    parts = name.split(".")
     for root in (*folders, *(Path(entry) for entry in sys.path)):
-        base = root.joinpath(*parts)
-        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate.resolve()
+        for file in _files(root.joinpath(*name.split("."))):
+            return file
     return None
+
+
+def _files(base: Path) -> list[Path]:
+    """The module, or the package, at a path without its ending."""
+    candidates = (base.with_name(f"{base.name}.py"), base / "__init__.py")
+    return [candidate.resolve() for candidate in candidates if candidate.is_file()]
 
 
 def _is_own(name: str, file: Path) -> bool:
@@ -122,4 +143,10 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return ""
+        owners = _owners().get(name, [])  # PIL is pillow's
+        return ", ".join(f"{owner} {importlib.metadata.version(owner)}" for owner in sorted(set(owners)))
+
+
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()

@@ -21,8 +21,9 @@ from deployments.audit.sameness import digest
 from deployments.audit.subject import Subject, calls_of, load
 from deployments.audit.target import LEAST_TRIALS, Batch, Input, Known, Target
 from deployments.audit.writes import Write, writes_of
-from deployments.runtime.copies import Weights, digest_of
+from deployments.runtime.copies import Weights
 from deployments.runtime.device import usable_cpus
+from deployments.runtime.digest import digest_of
 from deployments.runtime.model_class import ModelClassError
 
 Say = Callable[[Any], None]

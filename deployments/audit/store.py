@@ -28,7 +28,7 @@ def save(report: Mapping[str, Any], place: Path | None = None) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     file = place / f"{report['key']}.json"
     temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1))
+    temporary.write_text(json.dumps(report, indent=1, default=str))
     temporary.replace(file)
     if place == folder():
         for old in sorted(place.glob("*.json"), key=lambda one: one.stat().st_mtime)[:-KEPT]:

@@ -235,7 +235,8 @@ class Batcher:
     def _learn_memory(self, batch: Batch, report: BatchReport) -> None:
         memory = self.scheduler.admission.memory
         if not report.out_of_memory:
-            memory.on_fitted(self._clock(), batch.cost)
+            if report.runs == 1 and all(result.error is None for result in report.results):
+                memory.on_fitted(self._clock(), batch.cost)
             return
 
         def cost(span: Span) -> float:

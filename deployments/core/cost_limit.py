@@ -45,6 +45,8 @@ class CostLimit:
     def on_out_of_memory(self, now: float, failed: float, fitted: float = 0.0) -> None:
         """A batch of cost `failed` ran out of memory; its dearest part that went through cost `fitted`."""
         self.failures += 1
+        if failed > self._failed and not self._is_doubted:
+            return  # dearer than what is known to fail: it was under way before
         if self._is_doubted:
             self._hold_s = min(MAX_HOLD_S, 2 * self._hold_s)
         # What fitted before the last failure says nothing of now: memory has shrunk since.

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from deployments.core.errors import InvalidItem, ModelBroken, ModelFailed, ServingError
@@ -50,22 +51,27 @@ def run_isolated(
     *,
     is_out_of_memory: Callable[[BaseException], bool],
     on_out_of_memory: Callable[[], None] = lambda: None,
+    halves: bool = True,
 ) -> Isolated:
-    """Run `examples` as one batch; where that raises, in halves, until each has a result."""
+    """Run `examples` as one batch; where that raises, in halves, until each has a result.
+
+    halves: False: one by one instead, but for what ran out of memory.
+    """
     report = Isolated()
-    _run_part(run, examples, report, (is_out_of_memory, on_out_of_memory))
+    _run_part(run, examples, report, _How(is_out_of_memory, on_out_of_memory, halves))
     if not report.out_of_memory:
         report.fitted.clear()
     return report
 
 
-def _run_part(
-    run: Run,
-    examples: Sequence[Any],
-    report: Isolated,
-    memory: tuple[Callable[[BaseException], bool], Callable[[], None]],
-) -> None:
-    is_out_of_memory, on_out_of_memory = memory
+@dataclass(frozen=True, slots=True)
+class _How:
+    is_out: Callable[[BaseException], bool]
+    on_out: Callable[[], None]
+    halves: bool
+
+
+def _run_part(run: Run, examples: Sequence[Any], report: Isolated, how: _How) -> None:
     report.runs += 1
     first = len(report.results)
     span = (first, first + len(examples))
@@ -75,10 +81,10 @@ def _run_part(
         report.fitted.append(span)
         return
     except BaseException as error:  # the outermost edge of the model
-        failure = _Failure(error, _quietly(is_out_of_memory, error) or False, is_last=len(examples) == 1)
+        failure = _Failure(error, _quietly(how.is_out, error) or False, is_last=len(examples) == 1)
     # Outside of `except`: the traceback, and the tensors it holds, are gone before the next run.
     if failure.is_out_of_memory:
-        _quietly(on_out_of_memory)
+        _quietly(how.on_out)
         if len(examples) > 1:
             report.out_of_memory.append(span)
         else:
@@ -87,9 +93,10 @@ def _run_part(
         report.errors += len(examples)
         report.results.extend(Result(error=failure.for_caller()) for _ in examples)
         return
-    middle = len(examples) // 2
-    _run_part(run, examples[:middle], report, memory)
-    _run_part(run, examples[middle:], report, memory)
+    count = len(examples)
+    cuts = (0, count // 2, count) if how.halves or failure.is_out_of_memory else range(count + 1)
+    for start, end in pairwise(cuts):
+        _run_part(run, examples[start:end], report, how)
 
 
 def _quietly(function: Callable[..., T], *arguments: Any) -> T | None:

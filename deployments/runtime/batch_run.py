@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.core.batcher import BatchReport
-from deployments.core.errors import InvalidItem
+from deployments.core.errors import InvalidItem, ModelBroken
 from deployments.core.isolate import run_isolated
 from deployments.runtime.adapter import is_out_of_memory
 from deployments.runtime.device import Staged, is_device_lost, on_stream
 from deployments.runtime.memory import Budget, release_memory
 from deployments.runtime.slots import Instances, Sharing, Slot
-from deployments.runtime.whole import answer
+from deployments.runtime.whole import answer, spoils
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class BatchRun:
                 examples,
                 is_out_of_memory=is_out_of_memory,
                 on_out_of_memory=release_memory,
+                # Where each failure costs a fresh instance, one by one costs two of them, halves many.
+                halves=not self._way.sharing.is_whole,
             )
         out_of_memory = report.out_of_memory
         if not out_of_memory and len(examples) > 1 and self._is_over_budget():
@@ -68,6 +70,8 @@ class BatchRun:
 
     def _forward(self, examples: Sequence[Any]) -> list[Any]:
         slot = self._slot
+        if slot.is_given_up:
+            raise ModelBroken("nobody waits for this call any more")
         if self._way.sharing.is_shared:
             assert slot.instance is not None
             adapter = slot.instance
@@ -77,7 +81,9 @@ class BatchRun:
         staged, self._staged = self._staged, None
         try:
             if self._way.sharing.is_whole:
-                return list(answer(adapter, examples, self._way.max_cost))
+                answered = answer(adapter, examples, self._way.max_cost)
+                slot.is_clean = slot.is_clean and not spoils(answered)
+                return list(answered)
             if staged is not None:
                 return adapter.split(adapter.forward(staged), len(examples))
             collated = adapter.collate(examples)
@@ -85,7 +91,8 @@ class BatchRun:
             return adapter.split(adapter.forward(collated), len(examples))
         except BaseException as error:
             # Half a call may have left half of its notes on an instance that keeps any.
-            slot.is_clean = slot.is_clean and isinstance(error, InvalidItem)
+            if self._way.sharing.is_whole and not isinstance(error, InvalidItem):
+                slot.is_clean = False
             if is_device_lost(error):
                 self._on_device_lost()
             raise

@@ -7,7 +7,7 @@ outputs for /predict, draining. Implements core's TextService. Must not know: Ra
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -28,6 +28,8 @@ from deployments.runtime.step_curve import warm_up
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+Decide = Callable[[Any], Awaitable[Sharing]]
 
 GAUGE_EVERY_S = 1.0
 HANG_AFTER_S = 120.0
@@ -68,10 +70,15 @@ class ContinuousService:
 
     # -- start and stop -----------------------------------------------------------------------------
 
-    async def start(self, place: Place, threads: int | None = None) -> None:
-        """Load and warm up; raises what the model raises. Ready when it returns. threads: torch's."""
+    async def start(self, place: Place, threads: int | None = None, *, decide: Decide | None = None) -> None:
+        """Load and warm up; raises what the model raises. Ready when it returns. threads: torch's.
+
+        decide: how the model may be used, asked when it is loaded and has not been called.
+        """
         self._device = place.device
         engine, runner = await self._thread.call(lambda: self._load(place, threads))
+        if decide is not None:
+            self.sharing = await decide(self._front.instance)
         engine.max_queue_s = _queue_bound_s(self._limits)
         self._card = self._front.card(self._app_name)
         self._loop = EngineLoop(
@@ -90,11 +97,6 @@ class ContinuousService:
         engine.forget()
         self._is_warm = True
         self._tasks.append(asyncio.ensure_future(self._push_gauges()))
-
-    @property
-    def instance(self) -> Any:
-        """The user's own object, loaded."""
-        return self._front.instance
 
     def _load(self, place: Place, threads: int | None) -> tuple[Engine, Any]:
         set_threads(threads or usable_cpus())

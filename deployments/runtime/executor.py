@@ -23,6 +23,8 @@ from deployments.runtime.slots import Growth, Instances, MakeModel, Sharing, Slo
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 1.0
+"""Between two attempts to make an instance where none is left."""
 MOST_HUNG = 3
 """Threads given up in a pool before the whole replica is called unhealthy: what hangs can't be ended."""
 
@@ -72,10 +74,12 @@ class ModelExecutor:
         self._growth: Growth | None = None
         self._budget: Budget | None = None
         self._alone = asyncio.Lock()
-        self._is_open = asyncio.Event()
-        self._is_open.set()
+        self._is_open = True
         self._came_back = asyncio.Condition()
         self._making = 0
+        self._waits = 0
+        self._numbers = 1
+        self._empty_since: float | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
         self.on_slots: Callable[[int], None] = lambda slots: None
         self.has_lost_device = False
@@ -92,8 +96,7 @@ class ModelExecutor:
         first = self._slots[0]
         self._instances.threads = threads
         await first.thread.call(lambda: self._instances.prepare(first, own_stream=False))
-        first.instance = await first.thread.call(lambda: self._instances.load_first(device))
-        return first.instance
+        return await first.thread.call(lambda: self._instances.load_first(first, device))
 
     async def arrange(self, sharing: Sharing, threads: int, budget: Budget) -> None:
         """Make the slots that `sharing` says. threads: of torch, for all slots together.
@@ -129,26 +132,40 @@ class ModelExecutor:
 
     def busy_for_s(self) -> float:
         """The longest any slot has been running its current batch; the heartbeat of check_health."""
-        return max((slot.thread.busy_for_s() for slot in self._slots), default=0.0)
+        return max(
+            (slot.thread.busy_for_s() for slot in self._slots if slot.making_since is None), default=0.0
+        )
+
+    def empty_for_s(self) -> float:
+        """How long there has been no instance at all: one that raised is being replaced."""
+        return 0.0 if self._empty_since is None else time.monotonic() - self._empty_since
 
     @property
     def is_alive(self) -> bool:
-        """Whether no thread has ended, and a pool has not lost too many to calls that never return."""
-        return self.hung < MOST_HUNG and all(slot.thread.is_alive for slot in self._slots)
+        return all(slot.thread.is_alive for slot in self._slots)
 
-    def give_up_hung(self, after_s: float) -> None:
+    @property
+    def has_hung_often(self) -> bool:
+        """Whether a pool has lost too many threads to calls that never return: those can't be ended."""
+        return self.hung >= MOST_HUNG
+
+    async def give_up_hung(self, after_s: float) -> None:
         """In a pool: let go of instances that have run one batch for longer; its items fail, a fresh instance
         with its own thread takes their place. Call it about once a second."""
         if self._growth is None:
             return
-        for slot in [s for s in self._slots if s.thread.busy_for_s() > after_s and s.running is not None]:
+        for slot in [s for s in self._slots if s.thread.busy_for_s() > after_s and s.making_since is None]:
+            if slot.running is None:
+                continue
             self.hung += 1
             logger.error("event=instance_hung after_s=%.0f instances_given_up=%d", after_s, self.hung)
             running, slot.running = slot.running, None
-            if running is not None and not running.done():
+            if not running.done():
                 running.set_exception(InstanceHung(f"the model gave no answer in {after_s:.0f} s"))
+            slot.is_given_up = True
             slot.thread.close()
             self._remove(slot)
+        await self._notify()
 
     # -- Executor ---------------------------------------------------------------------------------
 
@@ -168,9 +185,7 @@ class ModelExecutor:
         return await group.report()
 
     async def _run(self, batch: Batch, on_model_begins: Callable[[], None]) -> BatchReport:
-        if not self._is_open.is_set():
-            await self._is_open.wait()
-        slot = self._free.pop()
+        slot = await self._take()
         has_company = self._in_use > 1
         try:
             staged = await self._take_staged(batch)
@@ -178,13 +193,28 @@ class ModelExecutor:
             report = await self._run_in(slot, examples, staged, on_model_begins)
             has_company = has_company or self._in_use > 1
         except InstanceHung as hung:
-            error = ModelFailed(f"{hung}; it was given up and replaced")
-            return BatchReport([Result(error=error) for _ in batch.items], runs=1)
+            # runs=0: how long it took says nothing of how long batches take.
+            return BatchReport([_hung(hung) for _ in batch.items], runs=0)
         finally:
             await self._return(slot)
         if report.too_big and has_company:
             report = await self._run_alone(examples, report)
         return report
+
+    async def _take(self) -> Slot:
+        """A free slot: there is one, but for moments in which somebody runs alone, or an instance is lost."""
+        if self._is_open and self._free:
+            return self._free.pop()
+        return await self._take_when(lambda: self._is_open and bool(self._free))
+
+    async def _take_when(self, is_so: Callable[[], bool]) -> Slot:
+        self._waits += 1
+        try:
+            async with self._came_back:
+                await self._came_back.wait_for(is_so)
+                return self._free.pop()
+        finally:
+            self._waits -= 1
 
     async def _run_in(
         self,
@@ -205,22 +235,24 @@ class ModelExecutor:
 
     async def _run_alone(self, examples: Sequence[Any], report: BatchReport) -> BatchReport:
         """Items that ran out of memory by themselves, once more while no other slot uses any."""
+        results = list(report.results)
         async with self._alone:
-            self._is_open.clear()
+            self._is_open = False
             try:
-                async with self._came_back:
-                    await self._came_back.wait_for(self._is_quiet)
-                results = list(report.results)
-                slot = self._free.pop()
-                try:
-                    for index in report.too_big:
+                for index in report.too_big:
+                    slot = await self._take_when(self._is_quiet)
+                    try:
                         again = await self._run_in(slot, [examples[index]], None)
                         results[index] = again.results[0]
-                finally:
-                    await self._return(slot)
+                    except InstanceHung as hung:
+                        results[index] = _hung(hung)
+                    finally:
+                        await self._return(slot)
             finally:
-                self._is_open.set()
-        return replace(report, results=results, too_big=())
+                self._is_open = True
+                await self._notify()
+        # Waiting was part of it: no time to learn from.
+        return replace(report, results=results, too_big=(), runs=max(2, report.runs))
 
     @property
     def _in_use(self) -> int:
@@ -232,22 +264,26 @@ class ModelExecutor:
 
     async def _return(self, slot: Slot) -> None:
         """A slot is free again, or its instance is made anew first."""
-        if slot not in self._slots:  # given up
-            return
-        if slot.is_clean or self._sharing.is_shared:
-            self._free.append(slot)
-        elif len(self._slots) > 1 or self._growth is not None:
-            self._remove(slot)
-            slot.thread.close()
-        else:
-            self._slots.remove(slot)
-            self.on_slots(0)
-            self._keep(self._renew(slot))
+        if slot in self._slots:  # else it was given up
+            if slot.is_clean or not self._renews:
+                self._free.append(slot)
+            elif self._growth is not None:
+                slot.thread.close()
+                self._remove(slot)
+            else:
+                self._remove(slot)
+                self._keep(self._renew(slot))
         await self._notify()
 
+    @property
+    def _renews(self) -> bool:
+        """Whether an instance that raised is replaced: where evidence, or the configuration, says that it
+        may keep notes."""
+        return self._sharing.is_whole
+
     async def _notify(self) -> None:
-        """Whoever waits to be alone looks again."""
-        if not self._is_open.is_set():
+        """Whoever waits for a slot, or to be alone, looks again."""
+        if self._waits:
             async with self._came_back:
                 self._came_back.notify_all()
 
@@ -258,23 +294,26 @@ class ModelExecutor:
 
     def on_backlog(self) -> None:
         """Work waits while every slot is busy: make one more instance where the pool may have it."""
-        if self._growth is not None and self._is_open.is_set() and self._growth.may(len(self._slots)):
+        if self._growth is not None and self._is_open and self._growth.may(len(self._slots)):
             self._grow()
 
     def _grow(self) -> None:
         assert self._growth is not None
         self._growth.is_making = True
-        self._keep(self._renew(Slot(len(self._slots))))
+        self._keep(self._renew(Slot(self._numbers)))
+        self._numbers += 1
 
     def _remove(self, slot: Slot) -> None:
         self._slots.remove(slot)
         self.renewed += 1
+        if not self._slots:
+            self._empty_since = time.monotonic()
         self.on_slots(len(self._slots))
         if not self._slots and self._growth is not None and not self._growth.is_making:
             self._grow()
 
     async def _renew(self, slot: Slot) -> None:
-        """Make a slot's instance, then let it take batches; tried again where the model doesn't load."""
+        """Make a slot's instance, then let it take batches; tried again where none is left."""
         growth, budget = self._growth, self._budget
         before = budget.used() if budget is not None else 0
         self._making += 1
@@ -284,20 +323,22 @@ class ModelExecutor:
         except Exception:
             logger.exception("event=instance_failed")
             slot.thread.close()
+            if growth is not None:
+                growth.on_failed()
             if not self._slots:
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(RETRY_S)
                 self._keep(self._renew(Slot(0)))
-            elif growth is not None:
-                growth.is_making = False
             return
+        except asyncio.CancelledError:
+            slot.thread.close()
+            raise
         finally:
             self._making -= 1
-            await self._notify()
         if growth is not None:
-            growth.is_making = False
-            growth.learn(before)
+            growth.on_made((budget.used() if budget is not None else 0) - before)
         self._slots.append(slot)
         self._free.append(slot)
+        self._empty_since = None
         logger.info("event=instance_made instances=%d", len(self._slots))
         self.on_slots(len(self._slots))
         await self._notify()
@@ -352,6 +393,10 @@ class ModelExecutor:
     def unstage(self, batch: Batch) -> None:
         """Somebody left the staged batch: collate it again, smaller, when it runs."""
         self._staged.pop(id(batch), None)
+
+
+def _hung(hung: "InstanceHung") -> Result:
+    return Result(error=ModelFailed(f"{hung}; it was given up and replaced"))
 
 
 class InstanceHung(Exception):

@@ -37,7 +37,9 @@ class Budget:
     def __init__(self, device: str, memory: float, gpu_share: float = 1.0) -> None:
         self._device = torch.device(device)
         self._gpu_share = gpu_share
-        self._resets = True
+        reset_peak()
+        # A sandbox may keep the peak for good; then it says nothing of any batch.
+        self._resets = peak_bytes() <= resident_bytes() + 2**26
         self.bytes = 0
         self.set(memory)
 
@@ -52,13 +54,14 @@ class Budget:
             reset_peak()
             return
         total = torch.cuda.get_device_properties(self._device).total_memory
-        self.bytes = int(min(memory, total) if memory > 1 else memory * self._gpu_share * total)
+        mine = self._gpu_share * total
+        self.bytes = int(min(memory, mine) if memory > 1 else memory * mine)
         # Beyond it the allocator raises out of memory, so two replicas on one device can't starve each other.
         torch.cuda.set_per_process_memory_fraction(min(1.0, self.bytes / total), self._device)
 
     def used(self) -> int:
-        """Bytes now: resident on a CPU, held by torch's allocator on a GPU."""
-        return torch.cuda.memory_reserved(self._device) if self.is_gpu else resident_bytes()
+        """Bytes now: resident on a CPU, of tensors on a GPU."""
+        return torch.cuda.memory_allocated(self._device) if self.is_gpu else resident_bytes()
 
     def reset_peak(self) -> None:
         if self.is_gpu:
@@ -71,21 +74,21 @@ class Budget:
         return torch.cuda.max_memory_allocated(self._device) if self.is_gpu else peak_bytes()
 
     def is_exceeded(self) -> bool:
-        """Whether the process was ever over the budget since the last time this said so; 2 us. A CPU only: a
-        GPU's allocator raises by itself."""
-        if self.is_gpu or peak_bytes() <= self.bytes:
+        """Whether the process was over the budget for a moment since the last time this was asked, as a
+        batch that is too large makes it; 1 us where it never was. What stays is no batch's fault: it is
+        logged. A CPU only: a GPU's allocator raises by itself."""
+        if self.is_gpu or _highest_bytes() <= self.bytes or peak_bytes() <= self.bytes:
             return False
-        if not self._resets:
-            return resident_bytes() > self.bytes
         release_memory()
         reset_peak()
-        # Where the kernel keeps the peak for good (a sandbox), what is resident has to do.
-        self._resets = peak_bytes() <= self.bytes or resident_bytes() > self.bytes
-        return True
+        if (used := resident_bytes()) > self.bytes:
+            logger.warning("event=over_budget_at_rest used=%d budget=%d", used, self.bytes)
+            return False
+        return self._resets
 
     def check_fits(self) -> None:
         """Raise BudgetError where what is loaded is over the budget already."""
-        if not self.is_gpu and (used := resident_bytes()) > self.bytes:
+        if (used := self.used()) > self.bytes:
             raise BudgetError(
                 f"memory: {self.bytes / 2**20:.0f} MiB are less than the {used / 2**20:.0f} MiB that the "
                 "replica takes with its model loaded; raise it"
@@ -101,9 +104,17 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most that was resident since `reset_peak` (Linux), or since the start."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    """The most that was resident since `reset_peak`, where /proc tells; 0 elsewhere. 40 us."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _highest_bytes() -> int:
+    """No less than `peak_bytes`: what a process was born with counts, too. 1 us."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def reset_peak() -> None:

@@ -43,6 +43,9 @@ HANG_AFTER_S = 120.0
 """A batch that runs this long is a hung model: a pool replaces the instance; otherwise check_health fails
 and Ray replaces the replica."""
 
+LOAD_WITHIN_S = 600.0
+"""So long a fresh instance may take, when none is left."""
+
 Decide = Callable[[Adapter], Awaitable[Sharing]]
 
 
@@ -101,9 +104,9 @@ class ModelService:
         """
         self._device = device
         threads = threads or usable_cpus()
-        adapter = self._adapter_or_none = await self._executor.load(device, threads)
         self._memory = self._limits.memory
-        self._budget = Budget(device, self._memory, gpu_share)
+        self._budget = Budget(device, self._memory, gpu_share)  # a GPU's holds for loading, too
+        adapter = self._adapter_or_none = await self._executor.load(device, threads)
         self._budget.check_fits()
         if decide is None:
             self.sharing = Sharing("pool" if self._limits.slots > 1 else "exclusive", self._limits.slots)
@@ -175,12 +178,16 @@ class ModelService:
         """Raise RuntimeError when a model thread is gone or hangs; reads a heartbeat, runs nothing."""
         if not self._executor.is_alive:
             raise RuntimeError("a model thread has ended")
+        if self._executor.has_hung_often:
+            raise RuntimeError("instances of the pool have hung again and again")
         if self._executor.has_lost_device:
             raise RuntimeError("the device failed and stays failed in this process")
         busy_s = self._executor.busy_for_s()
         patience_s = (2.0 if self.sharing.mode == "pool" else 1.0) * HANG_AFTER_S  # a pool helps itself
         if self._batcher is not None and busy_s > patience_s:
             raise RuntimeError(f"a batch has been running for {busy_s:.0f} s")
+        if self._executor.empty_for_s() > LOAD_WITHIN_S:
+            raise RuntimeError("the instance that raised could not be replaced")
 
     def _held(self) -> Held:
         admission = self.batcher.scheduler.admission
@@ -197,7 +204,7 @@ class ModelService:
             await asyncio.sleep(GAUGE_EVERY_S)
             scheduler = self.batcher.scheduler
             try:
-                self._executor.give_up_hung(HANG_AFTER_S)
+                await self._executor.give_up_hung(HANG_AFTER_S)
                 self.figures.send(len(scheduler.waiting), scheduler.waiting.cost, self._held())
                 idle_s = idle_s + GAUGE_EVERY_S if self.figures.batches == seen else 0.0
                 if RELEASE_AFTER_S <= idle_s < RELEASE_AFTER_S + GAUGE_EVERY_S and not self._budget.is_gpu:

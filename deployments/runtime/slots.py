@@ -9,6 +9,7 @@ not thread-safe in torch (pytorch 103793).
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,16 @@ class Sharing:
 class Slot:
     """One thread and the instance that it runs. is_clean False: the instance raised, a fresh one comes first.
 
-    tied: what the instance shares with the first one; None for the first itself.
+    tied: what the instance shares with others. making_since: when the making of a fresh instance began.
+    is_given_up: nobody waits for its call any more; it may still return.
     """
 
     def __init__(self, number: int) -> None:
         self.instance: Adapter | None = None
         self.tied: Tied | None = None
         self.is_clean = True
+        self.is_given_up = False
+        self.making_since: float | None = None
         self.generation = 0
         self.thread = ModelThread(f"model-{number}")
         self.stream: torch.cuda.Stream | None = None
@@ -76,17 +80,18 @@ class Instances:
         self._device = "cpu"
         self._lock = threading.Lock()
         self._weights: Weights | None = None
+        self._first: Slot | None = None
         self._ties = True
         self.threads = 1
         self.generation = 0
 
-    def load_first(self, device: str) -> Adapter:
+    def load_first(self, slot: Slot, device: str) -> Adapter:
         """The first instance; on its slot's thread. Raises what the model raises."""
-        self._device = device
-        first = self._make()
-        first.load(device)
-        self._weights = Weights(first.model)
-        return first
+        self._device, self._first = device, slot
+        slot.instance = self._make()
+        slot.instance.load(device)
+        self._weights = Weights(slot.instance.model)
+        return slot.instance
 
     def prepare(self, slot: Slot, *, own_stream: bool) -> None:
         """On the slot's thread: its number of torch's threads and, on a GPU, a stream of its own."""
@@ -99,17 +104,29 @@ class Instances:
     def renew(self, slot: Slot) -> Adapter:
         """Give the slot a fresh instance; on its thread. Raises what the model raises."""
         assert self._weights is not None
-        slot.instance = None  # its memory first
-        with self._lock, on_stream(slot.stream):
-            fresh = self._make()
-            fresh.load(self._device)
-            slot.generation = self.generation
-            if self._ties:
-                slot.tied = self._weights.tie(fresh.model)
-                release_memory()  # the weights that were loaded only to be given up
-            warm_up(fresh)
+        if slot is self._first:
+            self._first = None
+        slot.instance, slot.tied = None, None  # its memory first
+        slot.making_since = time.monotonic()
+        try:
+            with self._lock, on_stream(slot.stream):
+                fresh = self._make()
+                fresh.load(self._device)
+                slot.generation = self.generation
+                if self._ties:
+                    self._share(slot, fresh)
+                warm_up(fresh)
+        finally:
+            slot.making_since = None
         slot.instance, slot.is_clean = fresh, True
         return fresh
+
+    def _share(self, slot: Slot, fresh: Adapter) -> None:
+        assert self._weights is not None
+        slot.tied = self._weights.tie(fresh.model)
+        if self._first is not None and self._first.tied is None:
+            self._first.tied = self._weights.watch()
+        release_memory()  # the weights that were loaded only to be given up
 
     def clean(self, slot: Slot) -> Adapter:
         """The slot's instance, a fresh one where the last one raised; on its thread."""
@@ -134,22 +151,35 @@ def warm_up(adapter: Adapter) -> None:
 
 
 class Growth:
-    """When a pool makes one more instance: work waits, none is being made, memory allows it."""
+    """When a pool makes one more instance: work waits, none is being made, memory allows it.
 
-    def __init__(self, most: int, budget: Budget) -> None:
-        self._most, self._budget = most, budget
+    What was refused, or failed, is tried again after a while.
+    """
+
+    AGAIN_S = 30.0
+    FAILED_S = 1.0
+
+    def __init__(self, most: int, budget: Budget, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._budget, self._clock = most, budget, clock
         self._cost_bytes = 0
+        self._failures = 0
+        self._not_before = 0.0
         self.is_making = False
 
     def may(self, now: int) -> bool:
-        if self.is_making or now >= self._most:
+        if self.is_making or now >= self._most or self._clock() < self._not_before:
             return False
         if self._budget.used() + self._cost_bytes <= self._budget.bytes:
             return True
         logger.warning("event=pool_full_of_memory instances=%d budget=%d", now, self._budget.bytes)
-        self._most = now
+        self._not_before = self._clock() + self.AGAIN_S
         return False
 
-    def learn(self, before: int) -> None:
-        """What the last instance took beyond the shared weights, from what was used `before` it."""
-        self._cost_bytes = max(self._cost_bytes, self._budget.used() - before)
+    def on_made(self, cost_bytes: int) -> None:
+        """cost_bytes: what is used more than before."""
+        self._failures, self.is_making = 0, False
+        self._cost_bytes = max(0, cost_bytes)
+
+    def on_failed(self) -> None:
+        self._failures, self.is_making = self._failures + 1, False
+        self._not_before = self._clock() + min(self.AGAIN_S, self.FAILED_S * 2**self._failures)

@@ -31,52 +31,85 @@ class Answered:
     cost: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """An item that was preprocessed, and its place."""
+
+    index: int
+    example: Any
+    cost: float
+
+
 def answer(adapter: Adapter, wholes: Sequence[Whole], max_cost: float | None) -> list[Answered]:
     """One for each, in order. Raises what forward raises; an item that can't be read fails alone.
 
-    Items of one key run together, as many as cost `max_cost` in all.
+    Items of one key run together, as many as cost `max_cost` in all, each lot preprocessed right before.
     """
-    answered: list[Answered | None] = [None] * len(wholes)
-    groups: dict[Hashable, list[tuple[int, Any, float]]] = {}
-    for index, whole in enumerate(wholes):
+    answered: dict[int, Answered] = {}
+    read = _read(adapter, wholes, range(len(wholes)), max_cost, answered)
+    lots = _lots(adapter, read, max_cost)
+    is_all = len(lots) == 1 and not answered
+    for lot in lots:
+        # What preprocess noted on the instance is by now the last item's of all: once more, for this lot.
+        again = [one.index for one in lot]
+        fresh = lot if is_all else _read(adapter, wholes, again, max_cost, answered)
+        if fresh:
+            _run(adapter, wholes, fresh, answered)
+    return [answered[index] for index in range(len(wholes))]
+
+
+def spoils(answered: Sequence[Answered]) -> bool:
+    """Whether the model raised on the way: half of its notes may be left on the instance. An item that it
+    refused in so many words (422) leaves it as it is."""
+    return any(one.error is not None and not isinstance(one.error, InvalidItem) for one in answered)
+
+
+def _read(
+    adapter: Adapter,
+    wholes: Sequence[Whole],
+    indexes: Sequence[int],
+    max_cost: float | None,
+    answered: dict[int, Answered],
+) -> list[_Read]:
+    found = []
+    for index in indexes:
         try:
-            example = adapter.preprocess(whole.item)
+            example = adapter.preprocess(wholes[index].item)
             cost = adapter.cost(example)
             if max_cost is not None and cost > max_cost:
                 raise InvalidItem(
                     f"this item costs {cost:g}, a batch holds {max_cost:g} at most (max_batch_cost): send a "
                     "smaller item"
                 )
-            groups.setdefault(adapter.key(example), []).append((index, example, cost))
+            found.append(_Read(index, example, cost))
         except ServingError as error:
             answered[index] = Answered(error=error)
-    for group in groups.values():
-        for part in _parts(group, max_cost):
-            raws = adapter.forward_batch([example for _, example, _ in part])
-            for (index, example, cost), raw in zip(part, raws, strict=True):
-                answered[index] = _finished(adapter, wholes[index], example, raw, cost)
-    return [one if one is not None else Answered() for one in answered]
+    return found
 
 
-def _finished(adapter: Adapter, whole: Whole, example: Any, raw: Any, cost: float) -> Answered:
+def _lots(adapter: Adapter, read: Sequence[_Read], max_cost: float | None) -> list[list[_Read]]:
+    by_key: dict[Hashable, list[list[_Read]]] = {}
+    for one in read:
+        lots = by_key.setdefault(adapter.key(one.example), [[]])
+        if lots[-1] and max_cost is not None and sum(o.cost for o in lots[-1]) + one.cost > max_cost:
+            lots.append([])
+        lots[-1].append(one)
+    return [lot for lots in by_key.values() for lot in lots]
+
+
+def _run(
+    adapter: Adapter, wholes: Sequence[Whole], lot: Sequence[_Read], answered: dict[int, Answered]
+) -> None:
+    raws = adapter.forward_batch([one.example for one in lot])
+    for one, raw in zip(lot, raws, strict=True):
+        answered[one.index] = _finished(adapter, wholes[one.index], one, raw)
+
+
+def _finished(adapter: Adapter, whole: Whole, read: _Read, raw: Any) -> Answered:
     try:
         value = adapter.to_tensors(raw) if whole.as_tensors else adapter.postprocess(raw)
-        return Answered(value, None, adapter.warning(example), cost)
+        return Answered(value, None, adapter.warning(read.example), read.cost)
     except ServingError as error:
-        return Answered(error=error, cost=cost)
+        return Answered(error=error, cost=read.cost)
     except Exception as bug:
-        return Answered(error=InternalError.of("this output could not be read", bug), cost=cost)
-
-
-def _parts(
-    group: Sequence[tuple[int, Any, float]], max_cost: float | None
-) -> list[list[tuple[int, Any, float]]]:
-    parts: list[list[tuple[int, Any, float]]] = [[]]
-    total = 0.0
-    for entry in group:
-        if parts[-1] and max_cost is not None and total + entry[2] > max_cost:
-            parts.append([])
-            total = 0.0
-        parts[-1].append(entry)
-        total += entry[2]
-    return parts
+        return Answered(error=InternalError.of("this output could not be read", bug), cost=read.cost)

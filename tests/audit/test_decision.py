@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from deployments.audit import deploy, store
-from deployments.audit.audit import Audit
+from deployments.audit.audit import Audit, AuditFailed
 from deployments.audit.decision import Asked, BatchingRefused, decide
-from deployments.audit.identity import code_key
+from deployments.audit.identity import _version, code_key
 from deployments.audit.target import Target
 
 
@@ -89,6 +89,9 @@ def test_padding_that_matters_is_a_batch_that_matters() -> None:
 def test_what_could_not_be_decided_runs_one_by_one_and_is_not_refused() -> None:
     found = report(batching="per_item", batch_invariant=None)
     assert decide(Asked(batches=True), found).sharing.max_batch_size == 1
+    proven = report(batching="per_item", batch_invariant=None, padding_invariant=False)
+    with pytest.raises(BatchingRefused, match="why padding_invariant"):
+        decide(Asked(batches=True), proven)
 
 
 def test_without_a_verdict_the_authors_word_counts_and_that_is_said() -> None:
@@ -127,6 +130,54 @@ def test_the_key_changes_with_code_and_arguments_and_not_with_comments(target: T
     assert code_key(Target("model:Model", folder=target.folder, optimise=("bf16",))) != first
     (folder / "helper.py").write_text("FACTOR = 3\n")
     assert code_key(target) != first
+
+
+def test_the_key_sees_packages_and_torch(tmp_path: Path) -> None:
+    package = tmp_path / "pkg"
+    (package / "sub").mkdir(parents=True)
+    files = {
+        "pkg/__init__.py": "from .impl import Model\n",
+        "pkg/impl.py": MODEL.replace("import helper", "from .sub import part\nfrom . import sub as helper"),
+        "pkg/sub/__init__.py": "FACTOR = 2\n",
+        "pkg/sub/part.py": "X = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    target = Target("pkg:Model", folder=str(tmp_path))
+    keys = {code_key(target)}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "Y = 1\n")
+        keys.add(code_key(target))
+    assert len(keys) == 5
+    assert _version("torch")
+    assert "pillow" in _version("PIL")
+
+
+def test_arguments_that_can_not_be_told_apart_later_are_named(target: Target) -> None:
+    found = deploy.verdict_of(Target("model:Model", {"when": object()}, target.folder), "w")
+    assert "model_args" in found["failed"]
+
+
+def test_a_failed_audit_is_tried_again_at_the_next_start(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run(self: Audit) -> dict[str, Any]:
+        ran.append(self.name)
+        raise AuditFailed("it took longer than 80 s")
+
+    monkeypatch.setattr(Audit, "run", run)
+    assert [deploy.verdict_of(target, "w")["failed"] for _ in range(2)] == ["it took longer than 80 s"] * 2
+    assert len(ran) == 2
+
+
+def test_a_store_that_can_not_be_written_stops_nobody(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(Audit, "run", lambda self: report())
+    assert deploy.verdict_of(target, "w")["mode"] == "shared"
 
 
 def test_a_verdict_holds_for_its_weights(target: Target) -> None:

@@ -67,6 +67,14 @@ def test_doubts_that_were_wrong_come_ever_more_rarely() -> None:
     assert an_hour[2] <= 30
 
 
+def test_a_dearer_batch_that_was_under_way_raises_nothing() -> None:
+    limit = CostLimit()
+    limit.on_out_of_memory(0.0, 100.0, 50.0)
+    low = limit.value
+    limit.on_out_of_memory(0.1, 1000.0, 500.0)
+    assert limit.value == low
+
+
 def test_a_prediction_caps_the_bound() -> None:
     limit = CostLimit()
     limit.cap = 12.0
