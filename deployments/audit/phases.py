@@ -16,10 +16,11 @@ from deployments.audit.batches import Crowds
 from deployments.audit.findings import Property
 from deployments.audit.forks import here, in_fork, threads_now
 from deployments.audit.instruments import prepare
-from deployments.audit.races import Races, Trial
+from deployments.audit.races import Races
 from deployments.audit.sameness import digest
 from deployments.audit.subject import Subject, calls_of, load
 from deployments.audit.target import LEAST_TRIALS, Batch, Input, Known, Target
+from deployments.audit.trials import Trial
 from deployments.audit.writes import Write, writes_of
 from deployments.runtime.copies import Weights
 from deployments.runtime.device import usable_cpus
@@ -35,7 +36,8 @@ REPEATS = 6
 MOST_ANSWERS = 500
 """Of a process that asks in one order: what happens every hundredth call is found."""
 LATEST = 4.0
-"""Times its share a search may take for the least number of trials."""
+"""Times its share a search may take for the least number of trials. Copies of a model that keeps nothing have
+their share only: what is said of threads in one instance holds for them, too."""
 
 
 def alone(say: Say, target: Target) -> dict[str, Any]:
@@ -77,11 +79,12 @@ def search(
     pool makes them) or cold (the first calls of an instance): what a trial found, as JSON.
     """
     races = races_of(target, known, kind)
+    latest = 1.0 if kind == "copies" and known.repeats else LATEST
     began = time.monotonic()
 
     def has_time() -> bool:
         spent_s = time.monotonic() - began
-        return spent_s < seconds or (races.runs < LEAST_TRIALS and spent_s < LATEST * seconds)
+        return spent_s < seconds or (races.runs < LEAST_TRIALS and spent_s < latest * seconds)
 
     races.on_trial = lambda trial: say(trial.as_json())
     found = races.search(seed=seed, has_time=has_time)

@@ -11,17 +11,17 @@ spoilt what the model keeps.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deployments.audit import schedules
 from deployments.audit.forks import Isolate, here
 from deployments.audit.instruments import Instruments, instrumented
 from deployments.audit.randomness import seed_all
 from deployments.audit.sameness import same, snapshot
-from deployments.audit.schedules import Inside, Lockstep, Overlap, Schedule
-from deployments.audit.turns import Ended, Point, Stuck, Turns
+from deployments.audit.schedules import Inside, Lockstep, Overlap
+from deployments.audit.trials import Finding, Trial
+from deployments.audit.turns import Ended, Stuck, Turns
 
 Call = Callable[[], Any]
 KINDS = (Instruments.BOTH, Instruments.OPERATORS, Instruments.LINES)
@@ -29,68 +29,14 @@ STRIDES = (1, 3, 2, 5, 8)
 OVERLAPS = 40
 SIMPLEST = 60
 """Places looked at for a simpler story of a race that was found."""
-MAX_STEPS = 200
-"""Of an interleaving, told in a report."""
 INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
 STORM = 9
 """Calls in flight in the storm: ring buffers of two to eight rooms look safe to a pair."""
+SLOW_S = 0.05
+"""Of a call: after an overlap only one of two calls is made once more."""
 FEW_OPCODES = 3000
 """Of a call's own Python code: where there are more, a pause before each takes too long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One interleaved run: which of the calls (by index), paused where, in which order."""
-
-    calls: tuple[int, ...]
-    instruments: Instruments
-    schedule: Schedule
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "calls": list(self.calls),
-            "instruments": str(self.instruments.name),
-            "schedule": schedules.to_json(self.schedule),
-        }
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Trial":
-        schedule = schedules.from_json(value["schedule"])
-        return Trial(tuple(value["calls"]), Instruments[value["instruments"]], schedule)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A trial that gave something else than the calls alone.
-
-    thread: the first whose answer differs. how: a sentence's end. points: the interleaving, for showing it.
-    """
-
-    trial: Trial
-    thread: int
-    how: str
-    points: list[Point]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "trial": self.trial.as_json(),
-            "thread": self.thread,
-            "how": self.how,
-            "steps": stretches(self.points)[:MAX_STEPS],
-        }
-
-
-def stretches(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The interleaving with stretches of one thread folded: where each begins and ends, and its points."""
-    found: list[dict[str, Any]] = []
-    for point in points:
-        if found and found[-1]["thread"] == point.thread:
-            found[-1]["to"] = point.what
-            found[-1]["points"] += 1
-        else:
-            found.append({"thread": point.thread, "from": point.what, "to": point.what, "points": 1})
-    return found
 
 
 class Races:
@@ -119,6 +65,7 @@ class Races:
         self._reseeds, self._one_each = reseeds, one_each
         self._alone: dict[tuple[int, Instruments], tuple[Any, int]] = {}
         self._plain: dict[int, Ended] = {}
+        self._is_slow = False
         self.runs = 0
         self.on_trial: Callable[[Trial], None] = lambda trial: None
 
@@ -205,7 +152,7 @@ class Races:
         firsts = [snapshot(end.value) for end in ended]
         for thread, number in enumerate(trial.calls):
             how = _difference(ended[thread], firsts[thread], expected[thread])
-            if not how and not self._is_afresh:
+            if not how and not self._is_afresh and (not self._is_slow or thread == self.runs % 2):
                 how = self._difference_later(number, ended[thread].value, firsts[thread])
             if how:
                 return Finding(trial, thread, how, turns.points)
@@ -250,7 +197,9 @@ class Races:
     def _reference(self, number: int, instruments: Instruments) -> tuple[Any, int]:
         """(the call's answer alone, its points)."""
         if number not in self._plain and not self._is_afresh:
+            began = time.monotonic()
             self._plain[number] = self._made_plain(number)
+            self._is_slow = self._is_slow or time.monotonic() - began > SLOW_S
         known = self._alone.get((number, instruments))
         if known is None:
             known = self._isolate(lambda: self._made_alone(number, instruments))

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from deployments.audit.phases import known_of, races_of
-from deployments.audit.races import Races, Trial, stretches
+from deployments.audit.races import Races
 from deployments.audit.schedules import Inside
 from deployments.audit.subject import load
 from deployments.audit.target import Target
+from deployments.audit.trials import Trial, stretches
 from deployments.audit.turns import Point
 from tests.audit import kinds
 from tests.audit.kinds import TRUTH
