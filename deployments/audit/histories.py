@@ -68,6 +68,10 @@ def with_history(properties: Mapping[str, Property], *, across: str = "") -> dic
     history = known["order_independent"]
     if history.holds is not False:
         return known
+    evidence = known["copy_safe"].evidence
+    if not across and evidence and evidence[0].get("prefix"):
+        says = "can't be told apart: a copy's answers depend on its own earlier calls"
+        known["copy_safe"] = Property(None, says, evidence)
     for name in ("thread_safe", "cold_start_safe"):
         if known[name].holds is not False:
             known[name] = Property(

@@ -29,6 +29,7 @@ STRIDES = (1, 3, 2, 5, 8)
 OVERLAPS = 40
 SIMPLEST = 60
 """Places looked at for a simpler story of a race that was found."""
+DEADLOCK = "waits for ever: a deadlock"
 INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
 STORM = 9
@@ -82,7 +83,8 @@ class Races:
     def _simplest(self, found: Finding, has_time: Callable[[], bool]) -> Finding:
         """The same difference by one call put whole inside one pause of another, where that does it: a
         reader can follow it."""
-        if isinstance(found.trial.schedule, Inside) or len(found.trial.calls) != 2:
+        is_told = isinstance(found.trial.schedule, Inside) or found.how.startswith(DEADLOCK)
+        if is_told or len(found.trial.calls) != 2:
             return found
         instruments = found.trial.instruments
         for point in self._places(found.trial.calls[0], instruments, SIMPLEST):
@@ -148,7 +150,7 @@ class Races:
                 [self._instrumented(calls[n], n, trial.instruments, turns) for n in trial.calls]
             )
         except Stuck as stuck:
-            return Finding(trial, 0, f"waits for ever: a deadlock, {stuck}", turns.points)
+            return Finding(trial, 0, f"{DEADLOCK}, {stuck}", turns.points)
         firsts = [snapshot(end.value) for end in ended]
         for thread, number in enumerate(trial.calls):
             how = _difference(ended[thread], firsts[thread], expected[thread])

@@ -279,6 +279,12 @@ def test_history_that_instances_share_is_told_of_copies() -> None:
     assert (found["copy_safe"].holds, found["batch_invariant"].holds) == (False, True)
 
 
+def test_race_of_copies_that_needs_what_came_before_may_be_their_own_history() -> None:
+    race = Property(False, "race", [{"replay": "abc", "prefix": (0, 70)}])
+    assert with_history({**properties(), "copy_safe": race})["copy_safe"].holds is False
+    assert with_history({**properties("order_independent"), "copy_safe": race})["copy_safe"].holds is None
+
+
 def test_second_instance_that_knows_what_the_first_was_asked_is_found() -> None:
     alone = {"calls": [["examples()[0]"], ["examples()[1]"]]}
     first = ((0, "a"), (1, "b"))
