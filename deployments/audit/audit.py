@@ -32,7 +32,7 @@ PHASES = "deployments.audit.phases"
 FIRSTS = (0, 0, 1, 2)
 """The call that each of the fresh processes begins with. Two begin alike: they differ only by a clock or by
 chance that no seed governs."""
-SHARES = {"threads": 0.25, "copies": 0.12, "cold": 0.1, "orders": 0.04, "batches": 0.1, "measured": 0.05}
+SHARES = {"threads": 0.25, "copies": 0.1, "cold": 0.15, "orders": 0.04, "batches": 0.1, "measured": 0.05}
 """Of the budget, for searching; a third goes into starting processes and loading the model in each."""
 GRACE_S = 20.0
 """For a phase beyond its share: loading, warming up, a trial that has begun."""

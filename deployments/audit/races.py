@@ -30,6 +30,8 @@ OVERLAPS = 40
 SIMPLEST = 60
 """Places looked at for a simpler story of a race that was found."""
 DEADLOCK = "waits for ever: a deadlock"
+NEAREST = 16
+"""Places where the second call is put inside the first before all else: the plainest races."""
 INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
 STORM = 9
@@ -99,6 +101,8 @@ class Races:
         """Pairs of calls, and a call with itself, by every instrument; the telling ones first."""
         rng = random.Random(seed)
         pairs = self._pairs()
+        for point in self._places(pairs[0][0], Instruments.BOTH, NEAREST):
+            yield Trial(pairs[0], Instruments.BOTH, Inside((point,)))
         for strides in (STRIDES[:2], STRIDES[2:]):
             for stride in strides:
                 for pair in pairs:
@@ -235,8 +239,7 @@ class Races:
 
     def _places(self, number: int, instruments: Instruments, most: int) -> list[int]:
         points = self._reference(number, instruments)[1]
-        step = max(1, points // most)
-        return list(range(1, points + 1, step))[:most]
+        return list(range(1, points + 1, max(1, -(-points // most))))
 
 
 def _difference(end: Ended, first: Any, wanted: Any) -> str:
