@@ -66,7 +66,6 @@ class BatchSubject:
         self.instance = self._adapter.model
         self.pads = getattr(self.instance, "collate", None) is not None
         self.examples = self._adapter.examples() or _made_up(self._adapter)
-        self._changed: dict[Input, Any] = {}
 
     def call(self, batch: Batch) -> list[Any]:
         examples = [self._example(item) for item in batch]
@@ -75,14 +74,10 @@ class BatchSubject:
         return [(part, self._adapter.postprocess(part)) for part in raw]
 
     def _example(self, item: Input) -> Any:
-        # Each time, though only the change of its first answer counts: it may note on the instance what
-        # forward or postprocess read.
+        # Anew each time: preprocess may note on the instance what forward reads, and what only the first of
+        # two calls did would shift the pauses of the second.
         example = self._adapter.preprocess(self.examples[item.example])
-        if not item.change:
-            return example
-        if item not in self._changed:
-            self._changed[item] = CHANGES[item.change](example)
-        return self._changed[item]
+        return CHANGES[item.change](example) if item.change else example
 
     def key(self, item: Input) -> Hashable:
         return self._adapter.key(self._example(item))
