@@ -132,4 +132,4 @@ def place_of_caller() -> str:
         if is_own(frame.f_code.co_filename):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
-    return "a scripted module"
+    return "a module without lines of its own"
