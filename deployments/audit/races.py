@@ -103,6 +103,9 @@ class Races:
         pairs = self._pairs()
         for point in self._places(pairs[0][0], Instruments.BOTH, NEAREST):
             yield Trial(pairs[0], Instruments.BOTH, Inside((point,)))
+        last = len(self._calls) - 1  # the largest batch, against one item
+        for stride in STRIDES if last else ():
+            yield Trial((last, 0), Instruments.BOTH, Lockstep(stride))
         for strides in (STRIDES[:2], STRIDES[2:]):
             for stride in strides:
                 for pair in pairs:
