@@ -5,30 +5,35 @@ Ray, how an audit works, what a verdict is used for.
 """
 
 import contextlib
+import json
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from deployments.audit import store
-from deployments.audit.audit import Audit, AuditFailed
 from deployments.audit.identity import code_key
 from deployments.audit.target import Target
-from deployments.audit.variant import verify
 
 logger = logging.getLogger(__name__)
 
 BUDGET_S = 60.0
+AUDIT_LIMIT_S = 240.0
+"""Beyond its budget, for loading a large model a dozen times."""
+VARIANT_LIMIT_S = 900.0
+"""Compiling takes minutes."""
 
 
 class VariantRefused(Exception):
     """What `optimise` asks for is not right enough, or not faster; the message has the figures."""
 
 
-def check_variants(
-    target: Target, weights: str, max_error: float | None, progress: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def check_variants(target: Target, weights: str, max_error: float | None) -> dict[str, Any]:
     """The verification of a target's variants, stored or made now. Raises VariantRefused.
 
     weights: of the model with its variants applied.
@@ -37,23 +42,20 @@ def check_variants(
         key = f"{code_key(target)}-variant-{max_error}"
     except (OSError, ValueError, SyntaxError) as error:
         raise VariantRefused(f"optimise: can't be verified: {error}") from error
+    names = list(target.optimise)
     with contextlib.ExitStack() as stack:
         found = store.find(key, weights) or _wait_for(stack, key, weights)
         if found is None:
-            logger.info("event=variant_begins model=%s optimise=%s", target.model, list(target.optimise))
+            logger.info("event=variant_begins model=%s optimise=%s", target.model, names)
             plain = replace(target, optimise=())
-            found = {**verify(plain, target.optimise, max_error, progress), "key": key, "weights": weights}
+            job = {"what": "variants", "optimise": names, "max_error": max_error}
+            found = {**run_apart(plain, job, VARIANT_LIMIT_S), "key": key, "weights": weights}
+            if "failed" in found:
+                raise VariantRefused(f"optimise: {names} could not be verified: {found['failed']}")
             _keep(found)
-    said = "accepted" if found["accepted"] else "refused"
-    logger.info(
-        "event=variant model=%s optimise=%s %s: %s",
-        target.model,
-        list(target.optimise),
-        said,
-        found["reason"],
-    )
     if not found["accepted"]:
-        raise VariantRefused(f"optimise: {list(target.optimise)} is refused: {found['reason']}")
+        raise VariantRefused(f"optimise: {names}: {found['reason']}")
+    logger.info("event=variant_accepted model=%s %s", target.model, found["reason"])
     return found
 
 
@@ -65,13 +67,7 @@ def stored_verdict(target: Target, weights: str) -> dict[str, Any] | None:
         return None
 
 
-def verdict_of(
-    target: Target,
-    weights: str,
-    *,
-    budget_s: float = BUDGET_S,
-    progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+def verdict_of(target: Target, weights: str, *, budget_s: float = BUDGET_S) -> dict[str, Any]:
     """The stored report, or a new one: about `budget_s` seconds, in processes of its own.
 
     Where the model can't be audited, a report with "failed": why.
@@ -86,11 +82,10 @@ def verdict_of(
             return known
         began = time.monotonic()
         logger.info("event=audit_begins model=%s budget_s=%.0f", target.model, budget_s)
-        try:
-            report = Audit(target, target.model, budget_s, progress=progress).run()
-        except AuditFailed as error:  # not kept: what stood in its way may be gone at the next start
-            logger.warning("event=audit_failed model=%s %s", target.model, error)
-            return {"failed": str(error)}
+        report = run_apart(target, {"what": "audit", "budget_s": budget_s}, AUDIT_LIMIT_S + budget_s)
+        if "failed" in report:  # not kept: what stood in its way may be gone at the next start
+            logger.warning("event=audit_failed model=%s %s", target.model, report["failed"])
+            return report
         report = {"weights": weights, **report, "key": key}
         _keep(report)
         logger.info(
@@ -102,6 +97,32 @@ def verdict_of(
             time.monotonic() - began,
         )
         return report
+
+
+def run_apart(target: Target, job: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """The report of a job of deployments/audit/__main__.py; {"failed": why} where there is none."""
+    with tempfile.TemporaryDirectory(prefix="brimful-audit-") as folder:
+        asked, out = Path(folder, "job.json"), Path(folder, "report.json")
+        asked.write_text(json.dumps({**job, "target": asdict(target)}))
+        # What the caller can import, it can: Ray puts users' folders on the path of its workers.
+        path = os.pathsep.join(filter(None, (target.folder, *sys.path)))
+        command = [sys.executable, "-m", "deployments.audit", str(asked), str(out)]
+        try:
+            done = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=limit_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"it took longer than {limit_s:.0f} s"}
+        if done.returncode or not out.exists():
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason given"]
+            return {"failed": f"its process ended with status {done.returncode}: {last[0]}"}
+        return dict(json.loads(out.read_text()))
 
 
 def _wait_for(stack: contextlib.ExitStack, key: str, weights: str) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from deployments.audit import deploy, store
-from deployments.audit.audit import Audit, AuditFailed
 from deployments.audit.decision import Asked, BatchingRefused, decide
 from deployments.audit.identity import _version, code_key
 from deployments.audit.target import Target
@@ -163,11 +162,11 @@ def test_a_failed_audit_is_tried_again_at_the_next_start(
 ) -> None:
     ran: list[str] = []
 
-    def run(self: Audit) -> dict[str, Any]:
-        ran.append(self.name)
-        raise AuditFailed("it took longer than 80 s")
+    def run(asked: Target, *_: Any) -> dict[str, Any]:
+        ran.append(asked.model)
+        return {"failed": "it took longer than 80 s"}
 
-    monkeypatch.setattr(Audit, "run", run)
+    monkeypatch.setattr(deploy, "run_apart", run)
     assert [deploy.verdict_of(target, "w")["failed"] for _ in range(2)] == ["it took longer than 80 s"] * 2
     assert len(ran) == 2
 
@@ -176,7 +175,7 @@ def test_a_store_that_can_not_be_written_stops_nobody(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-    monkeypatch.setattr(Audit, "run", lambda self: report())
+    monkeypatch.setattr(deploy, "run_apart", lambda *_: report())
     assert deploy.verdict_of(target, "w")["mode"] == "shared"
 
 
@@ -198,11 +197,11 @@ def test_a_damaged_report_is_no_report(target: Target) -> None:
 def test_replicas_of_one_model_audit_it_once(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def run(self: Audit) -> dict[str, Any]:
-        ran.append(self.name)
+    def run(asked: Target, *_: Any) -> dict[str, Any]:
+        ran.append(asked.model)
         return report()
 
-    monkeypatch.setattr(Audit, "run", run)  # an audit takes half a minute; tests/audit runs real ones
+    monkeypatch.setattr(deploy, "run_apart", run)  # an audit takes half a minute; tests/audit runs real ones
     found: list[dict[str, Any]] = []
     threads = [
         threading.Thread(target=lambda: found.append(deploy.verdict_of(target, "w"))) for _ in range(3)
@@ -221,3 +220,12 @@ def test_a_model_without_source_is_said_to_be_unaudited() -> None:
     found = deploy.verdict_of(Target("nowhere:Model"), "w")
     assert "no source" in found["failed"]
     assert deploy.stored_verdict(Target("nowhere:Model"), "w") is None
+
+
+def test_a_model_that_can_not_be_audited_is_told_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "bare.py").write_text(
+        "class Bare:\n    def load(self, device): print('noise')\n"
+        "    def forward(self, batch): return batch\n"
+    )
+    found = deploy.verdict_of(Target("bare:Bare", folder=str(tmp_path)), "w")
+    assert "examples()" in found["failed"]
