@@ -84,7 +84,11 @@ def _without_evidence(asked: Asked, report: Report | None) -> Decision:
         is_whole=asked.safety != "shared",
         in_order=asked.safety == "exclusive",
         verdict="not audited",
-        reason=f"safety: {asked.safety} in the configuration",
+        reason=(
+            f"safety: {asked.safety} in the configuration"
+            if asked.key == "max_batch_size"
+            else "its steps share one thread; brimful audit NAME stores a verdict on them"
+        ),
     )
     return Decision(sharing)
 
