@@ -195,7 +195,6 @@ class _UserConfig(_Checked):
 
     draining: Annotated[bool, Field(strict=True)] = False
     drain_grace_s: Seconds | None = None
-    memory: Memory | None = None
     max_queue_items: Count | None = None
     max_queue_s: QueueS | None = None
     max_items_per_request: Count | None = None
@@ -229,6 +228,7 @@ class ModelUserConfig(_UserConfig):
     max_batch_cost: Cost | None = None
     batch_wait_ms: WaitMs | None = None
     max_queue_cost: Cost | None = None
+    memory: Memory | None = None
 
     def _require_door(self, changed: Limits, base: Limits) -> None:
         """Beyond what Ray lets in, a longer queue would never fill: Ray's own would, without our 503."""
@@ -239,8 +239,8 @@ class ModelUserConfig(_UserConfig):
 
 
 class ContinuousUserConfig(_UserConfig):
-    """Of a continuous application. Not `max_sequences`, `kv_bytes` and `max_tokens_in_step`: memory is
-    made for them at start."""
+    """Of a continuous application. Not `max_sequences`, `kv_bytes`, `max_tokens_in_step` and `memory`: room
+    is made for them at start."""
 
     max_streams: Streams | None = None
     idle_timeout_s: Seconds | None = None

@@ -10,7 +10,14 @@ from pydantic import ValidationError
 
 from deployments.core.contract import Limits
 from serve_app import config_file, environment
-from serve_app.config import HEADROOM, ContinuousArgs, DynamicArgs, ModelUserConfig, let_in
+from serve_app.config import (
+    HEADROOM,
+    ContinuousArgs,
+    ContinuousUserConfig,
+    DynamicArgs,
+    ModelUserConfig,
+    let_in,
+)
 from serve_app.config_file import ConfigError, check_file
 
 ROOT = Path(__file__).parent.parent
@@ -270,3 +277,8 @@ def test_a_model_class_without_forward_is_refused_before_anything_starts(tmp_pat
     )
     with pytest.raises(ConfigError, match=r"Half has no forward\(self, batch\)"):
         check_file(file, tmp_path)
+
+
+def test_a_continuous_applications_memory_is_made_at_start_and_not_changed_in_place() -> None:
+    with pytest.raises(ValidationError, match="unknown key 'memory'"):
+        ContinuousUserConfig(memory=0.5)  # type: ignore[call-arg]

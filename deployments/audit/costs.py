@@ -9,13 +9,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from deployments.audit.subject import Subject
 from deployments.audit.target import Batch, Input
+from deployments.runtime.memory import peak_bytes, reset_peak
 
 ROUNDS = 5
 LATEST = 1.5
@@ -27,30 +27,6 @@ GAINS = 1.25
 """Times the speed of one: less is not worth a second instance."""
 FULL = 0.8
 """Of the cores: the rest goes to starting and ending a parallel region."""
-
-
-def resident_bytes() -> int:
-    """Of this process (Linux); 0 elsewhere."""
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    return _status_bytes("VmHWM")
-
-
-def reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not ours
-        pass
-
-
-def _status_bytes(name: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
 class Costs:

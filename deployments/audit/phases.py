@@ -25,6 +25,7 @@ from deployments.audit.writes import Write, writes_of
 from deployments.runtime.copies import Weights
 from deployments.runtime.device import usable_cpus
 from deployments.runtime.digest import digest_of
+from deployments.runtime.memory import resident_bytes
 from deployments.runtime.model_class import ModelClassError
 
 Say = Callable[[Any], None]
@@ -175,7 +176,7 @@ def measured(say: Say, target: Target, known: Known, seconds: float, is_shareabl
     """Memory and speed-ups, with all of the machine's cores."""
     cores = usable_cpus()
     torch.set_num_threads(cores)
-    before = costs.resident_bytes()
+    before = resident_bytes()
     began = time.monotonic()
     first = _load(target)
     load_s = time.monotonic() - began
@@ -184,7 +185,7 @@ def measured(say: Say, target: Target, known: Known, seconds: float, is_shareabl
     if torch.device(target.device).type == "cuda":
         instance_bytes = torch.cuda.memory_allocated()
     else:
-        instance_bytes = max(0, costs.resident_bytes() - before)
+        instance_bytes = max(0, resident_bytes() - before)
     say("a second instance")
     second = _load(target)
     weights.tie(second.instance)

@@ -311,11 +311,7 @@ class ContinuousService:
             "device": self._device,
             "uptime_s": round(self._clock() - figures.started, 3),
             "in_flight": len(self.loop.streams),
-            "safety": {
-                "mode": self.sharing.mode,
-                "verdict": self.sharing.verdict,
-                "reason": self.sharing.reason,
-            },
+            "safety": self.sharing.stats(),
             "tasks": len(asyncio.all_tasks()),
             "engine": {
                 "running": engine.running,

@@ -323,11 +323,11 @@ class ModelExecutor:
         except Exception:
             logger.exception("event=instance_failed")
             slot.thread.close()
-            if growth is not None:
-                growth.on_failed()
-            if not self._slots:
+            if not self._slots:  # a growth is still under way: none begins beside it
                 await asyncio.sleep(RETRY_S)
                 self._keep(self._renew(Slot(0)))
+            elif growth is not None:
+                growth.on_failed()
             return
         except asyncio.CancelledError:
             slot.thread.close()

@@ -393,11 +393,7 @@ class ModelService:
                 "busy": len(scheduler.running),
                 "renewed": self._executor.renewed,
             },
-            "safety": {
-                "mode": self.sharing.mode,
-                "verdict": self.sharing.verdict,
-                "reason": self.sharing.reason,
-            },
+            "safety": self.sharing.stats(),
             "memory": {
                 "budget_bytes": self._budget.bytes,
                 "used_bytes": self._budget.used(),

@@ -49,6 +49,10 @@ class Sharing:
     def is_shared(self) -> bool:
         return self.mode == "shared"
 
+    def stats(self) -> dict[str, str]:
+        """What /stats says of it."""
+        return {"mode": self.mode, "verdict": self.verdict, "reason": self.reason}
+
 
 class Slot:
     """One thread and the instance that it runs. is_clean False: the instance raised, a fresh one comes first.

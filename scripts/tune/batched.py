@@ -19,10 +19,11 @@ from deployments.core.errors import ServingError
 from deployments.core.submission import Batch
 from deployments.runtime.adapter import Adapter
 from deployments.runtime.device import choose_device, usable_cpus
+from deployments.runtime.memory import resident_bytes
 from deployments.runtime.model_class import load_class
 from deployments.runtime.service import ModelService
 from deployments.runtime.slots import Sharing
-from scripts.tune.inputs import cost_of, dealt, items_of, reason_of, resident_bytes
+from scripts.tune.inputs import cost_of, dealt, items_of, reason_of
 from scripts.tune.points import CouldNotRun, Job, Look, Point, Shape, Started
 
 PATIENCE_S = 600.0

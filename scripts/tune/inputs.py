@@ -4,7 +4,6 @@ Owns: reading, checking and dealing them out. Must not know: what is measured.
 """
 
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,12 +70,3 @@ def reason_of(error: ServingError) -> str:
     """Its text; of a bug also the last line of its traceback."""
     detail = error.detail if isinstance(error, InternalError) else None
     return f"{error}: {detail.strip().splitlines()[-1]}" if detail else str(error)
-
-
-def resident_bytes() -> int:
-    """Of this process (Linux); 0 elsewhere."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -21,8 +21,9 @@ from deployments.engine.stream import StepSeconds
 from deployments.runtime.continuous import ContinuousService
 from deployments.runtime.device import choose_device
 from deployments.runtime.fronts import Place, front_of, is_language_model
+from deployments.runtime.memory import resident_bytes
 from deployments.runtime.model_class import load_class
-from scripts.tune.inputs import cost_of, dealt, items_of, reason_of, resident_bytes
+from scripts.tune.inputs import cost_of, dealt, items_of, reason_of
 from scripts.tune.points import CouldNotRun, Job, Look, Point, Shape, Started
 
 PATIENCE_MS = 600_000.0

@@ -20,7 +20,7 @@ from deployments.core.contract import Limits, RequestOptions
 from deployments.runtime.adapter import Adapter, load_class
 from deployments.runtime.service import ModelService
 from deployments.runtime.slots import Sharing
-from scripts.bench import inputs
+from scripts.bench import inputs, unsafe_models
 from scripts.bench.in_process import closed_loop
 from scripts.bench.report import hardware, versions
 
@@ -81,29 +81,14 @@ async def test_streams_of_a_shared_instance_give_what_one_gives_and_are_measured
     )
 
 
-class Roomy:
+class Roomy(unsafe_models.Roomy):
     """An item of n takes n MiB of the device while it runs."""
 
     cost_unit = "MiB"
 
-    def load(self, device: str) -> None:
-        self.device = device
-
-    def preprocess(self, item: Any) -> int:
-        return int(item)
-
-    def cost(self, example: int) -> float:
-        return float(example)
-
-    def collate(self, examples: list[int]) -> list[int]:
-        return examples
-
     def forward(self, batch: list[int]) -> list[float]:
-        rows = [torch.ones(n, 2**18, device=self.device) for n in batch]
+        rows = [torch.ones(n, 2**18, device=self._device) for n in batch]
         return [float(part.sum() / 2**18) for part in rows]
-
-    def split(self, outputs: list[float], n: int) -> list[float]:
-        return outputs
 
     def examples(self) -> list[int]:
         return [1, 64]
