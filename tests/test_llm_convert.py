@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def refuse(folder: Path) -> None:
 def test_a_model_is_made_once(home: Path) -> None:
     folder = cache.find_or_make("m", make)
     assert folder == home / "brimful" / "m"
+    assert cache.find_or_make("m", refuse) == folder
+
+
+def test_a_copied_model_is_read_once_more_and_not_made_again(home: Path) -> None:
+    folder = cache.find_or_make("m", make)
+    os.utime(folder / "a.bin", ns=(1, 1))
     assert cache.find_or_make("m", refuse) == folder
 
 

@@ -1,7 +1,8 @@
 """Where converted models are kept: made once for all processes, checked at every start, rebuilt when damaged.
 
 Owns: the folder's place, its checksums, and that no process ever sees half of one. Must not know: what is
-converted, or how. Source: XDG Base Directory Specification, "$XDG_CACHE_HOME".
+converted, or how. A file that nobody wrote to since it was made is not read to be checked.
+Source: XDG Base Directory Specification, "$XDG_CACHE_HOME".
 """
 
 import fcntl
@@ -77,7 +78,7 @@ def _rebuild(folder: Path, make: Callable[[Path], None]) -> None:
     part.mkdir()
     try:
         make(part)
-        files = {file.name: [file.stat().st_size, checksum(file)] for file in part.iterdir()}
+        files = {file.name: _facts_of(file) for file in part.iterdir()}
         (part / _MANIFEST).write_text(json.dumps(files), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -85,16 +86,30 @@ def _rebuild(folder: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _facts_of(file: Path) -> list[int]:
+    """[size, when it was written, checksum], of a file that is on the disk then, whatever happens."""
+    with file.open("rb") as data:
+        os.fsync(data.fileno())
+    return [*_stamp_of(file), checksum(file)]
+
+
+def _stamp_of(file: Path) -> tuple[int, int]:
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
 def _is_whole(folder: Path) -> bool:
-    """Every file is there with its size and checksum."""
+    """Every file is there as it was made: with its size, and its time or else its checksum."""
     try:
         files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == size and checksum(folder / name) == crc
-            for name, (size, crc) in files.items()
-        )
+        return all(_is_as_made(folder / name, *facts) for name, facts in files.items())
     except (OSError, ValueError, TypeError, AttributeError):
         return False
+
+
+def _is_as_made(file: Path, size: int, written: int, crc: int) -> bool:
+    found = _stamp_of(file)
+    return found == (size, written) or (found[0] == size and checksum(file) == crc)
 
 
 @contextmanager

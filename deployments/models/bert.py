@@ -13,10 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
+from deployments.models.varlen import varlen_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +91,11 @@ def _pair(weights: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor,
 
 def attend(qkv: torch.Tensor, ragged: Ragged) -> torch.Tensor:
     """Attention within each sequence: qkv [T, 3, heads, D] -> [T, heads, D]."""
-    if can_varlen(qkv):
+    if can_varlen(qkv) and (varlen := varlen_attention()):
         query, key, value = qkv.unbind(1)
         longest = max(ragged.lengths)
         starts = ragged.starts
-        mixed = varlen_attn(query, key, value, starts, starts, longest, longest)
+        mixed = varlen(query, key, value, starts, starts, longest, longest)
         assert isinstance(mixed, torch.Tensor)
         return mixed
     return attend_one_by_one(qkv, ragged)
@@ -107,8 +104,7 @@ def attend(qkv: torch.Tensor, ragged: Ragged) -> torch.Tensor:
 def can_varlen(qkv: torch.Tensor) -> bool:
     """PyTorch's variable-length attention is FlashAttention: half precision on Ampere or later."""
     return (
-        varlen_attn is not None
-        and qkv.is_cuda
+        qkv.is_cuda
         and qkv.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
     )

@@ -16,11 +16,7 @@ import torch.nn.functional as F
 from deployments.engine.sequence import Copy, Sequence, Work
 from deployments.models.llm.config import DecoderShape
 from deployments.models.llm.layout import Layout, arrange
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None  # type: ignore[assignment]
+from deployments.models.varlen import varlen_attention
 
 PAGE = 256
 """Tokens; FlashAttention 2 takes multiples of 256 alone, later ones take those too."""
@@ -101,10 +97,12 @@ class _Kernel:
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
+        self._attend = varlen_attention()
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         tables = self._tables
-        mixed = varlen_attn(
+        assert self._attend is not None  # has_paged_kernel
+        mixed = self._attend(
             queries,
             keys,
             values,
@@ -163,7 +161,7 @@ def make_tables(layout: Layout, *, scratch: int, device: torch.device) -> Tables
 def has_paged_kernel(device: torch.device, dtype: torch.dtype, shape: DecoderShape) -> bool:
     """Whether this PyTorch on this GPU attends over block tables: tried on two pages, as what it takes
     depends on the build (FlashAttention 2, 3 or 4) and not on a version number."""
-    if varlen_attn is None or device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or varlen_attention() is None:
         return False
     count = PAGE + 3
     layout = arrange([Work(Sequence(slot=0), 0, count, is_last=True, blocks=[1, 0])])
