@@ -19,7 +19,7 @@ from deployments.audit import report as reports
 from deployments.audit import store
 from deployments.audit.audit import PHASES, Audit, AuditFailed
 from deployments.audit.identity import code_key
-from deployments.audit.process import run_phase
+from deployments.audit.process import run_phase, start_server
 from deployments.audit.target import Known, Target
 
 _EXAMPLES = """
@@ -69,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--budget-s must be above 0")
     try:
         target = target_of(options)
+        if options.device == "cpu":
+            start_server()
+        key = _key(target)
         audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
-        report = {**audit.run(), "key": _key(target)}
+        report = {**audit.run(), "key": key}
     except KeyboardInterrupt:
         print("audit: stopped", file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,20 +19,19 @@ from deployments.audit.findings import PROPERTIES, Property
 from deployments.audit.histories import (
     compare_orders,
     is_steady,
-    second_differs,
     where_written,
     with_history,
     without_steadiness,
 )
 from deployments.audit.process import Outcome, cores, run_phase
-from deployments.audit.target import LEAST_TRIALS, Known, Target
+from deployments.audit.target import Known, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 
 PHASES = "deployments.audit.phases"
-FIRSTS = (0, 0, 1, 2)
-"""The call that each of the fresh processes begins with. Two begin alike: they differ only by a clock or by
-chance that no seed governs."""
-SHARES = {"threads": 0.25, "copies": 0.1, "cold": 0.15, "orders": 0.04, "batches": 0.1, "measured": 0.05}
+ORDERS = ((0, 2), (0, 1))
+"""The calls with which orders begin, of each process that loads the model. Two begin alike: they differ only
+by a clock or by chance that no seed governs."""
+SHARES = {"threads": 0.25, "copies": 0.1, "cold": 0.15, "orders": 0.04, "batches": 0.1, "measured": 0.03}
 """Of the budget, for searching; a third goes into starting processes and loading the model in each."""
 GRACE_S = 20.0
 """For a phase beyond its share: loading, warming up, a trial that has begun."""
@@ -80,12 +79,9 @@ class Audit:
             stopped.set()
 
     def _run(self, stopped: threading.Event, began: float) -> dict[str, Any]:
-        first = self._phase(stopped, "alone")
-        if first.error:
-            raise AuditFailed(first.error)
-        alone = {**first.value, "calls": names_of(first.value["known"])}
+        alone = self._alone(stopped)
         found = self._others(stopped, alone)
-        order = [found[f"orders {n}"] for n in range(len(FIRSTS))]
+        order = [one for both in zip(*found["orders"], strict=True) for one in both]
         properties = {
             **found["one instance"],
             "copy_safe": _copies(found["copies"], found["one instance"]["thread_safe"]),
@@ -94,7 +90,7 @@ class Audit:
             "deterministic": alone["deterministic"],
             "eval_mode": alone["eval_mode"],
         }
-        properties = with_history(properties, across=second_differs(order, alone))
+        properties = with_history(properties)
         if not is_steady(order):
             properties = without_steadiness(properties)
         is_shareable = properties["thread_safe"].holds is True
@@ -116,24 +112,57 @@ class Audit:
             "took_s": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
+    def _alone(self, stopped: threading.Event) -> dict[str, Any]:
+        """What the phases without threads found. Raises AuditFailed."""
+        with ThreadPoolExecutor(1) as other:
+            running = other.submit(self._process, stopped, "writes")
+            try:
+                whole = self._phase(stopped, "alone")
+            except BaseException:
+                stopped.set()
+                raise
+            if whole.error:
+                stopped.set()
+                raise AuditFailed(whole.error)
+            written = running.result()
+        if written.error:
+            raise AuditFailed(written.error)
+        is_same = whole.value["weights"] == written.value["weights"]
+        return {
+            **whole.value,
+            **written.value,
+            "calls": names_of(whole.value["known"]),
+            "weights": whole.value["weights"] if is_same else None,  # made at load
+        }
+
     def _others(self, stopped: threading.Event, alone: Mapping[str, Any]) -> dict[str, Any]:
         known = alone["known"]
         jobs: dict[str, Callable[[], Any]] = {
             "one instance": partial(self._one_instance, stopped, alone),
             "copies": partial(self._race, stopped, "copies", alone),
         }
-        for n, first in enumerate(FIRSTS):
-            arguments = (known, first % len(known.calls), self._share("orders"), n == 1)
-            jobs[f"orders {n}"] = partial(self._phase, stopped, "orders", *arguments)
+        for n, begins in enumerate(ORDERS):
+            jobs[f"orders {n}"] = partial(self._orders, stopped, known, begins)
         jobs["batches"] = partial(self._phase, stopped, "batches", known, self._share("batches"))
         with ThreadPoolExecutor(min(4, len(cores()))) as pool:
             running = {name: pool.submit(job) for name, job in jobs.items()}
             try:
-                return {name: job.result() for name, job in running.items()}
+                found = {name: job.result() for name, job in running.items()}
+                return {**found, "orders": [found.pop(f"orders {n}") for n in range(len(ORDERS))]}
             except BaseException:  # Ctrl-C: what runs ends at once, what waits never begins
                 stopped.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _orders(self, stopped: threading.Event, known: Known, begins: Sequence[int]) -> list[Outcome]:
+        """One for each order. A model that can't be forked has each made by a phase of its own."""
+        outcomes: list[Outcome] = []
+        while left := [call % len(known.calls) for call in begins[len(outcomes) :]]:
+            outcome = self._phase(stopped, "orders", known, left, self._share("orders"))
+            if outcome.error:
+                return [*outcomes, *[outcome] * len(left)]
+            outcomes += [Outcome(one) for one in outcome.value]
+        return outcomes
 
     def _share(self, phase: str) -> float:
         return SHARES[phase] * self.budget_s
@@ -176,15 +205,21 @@ class Audit:
             )
         if outcome.error:
             return Property(None, f"could not be decided: {outcome.error}")
-        finding = outcome.value
-        if finding is None:
-            trials = outcome.last if isinstance(outcome.last, int) else 0
-            if trials < LEAST_TRIALS:
-                says = f"there was time for {trials} overlaps only: give more --budget-s"
-                return Property(None, says, [{"trials": trials}])
-            return Property(True, f"no difference in {trials} overlaps", [{"trials": trials}])
-        reason = f"thread {name_of(finding['thread'])} {finding['how']}{where_written(alone)}"
-        return self._proof(stopped, kind, alone, finding, reason)
+        finding, across = outcome.value["found"], outcome.value["across"]
+        if finding is not None:
+            reason = f"thread {name_of(finding['thread'])} {finding['how']}{where_written(alone)}"
+            proof = self._proof(stopped, kind, alone, {**finding, "across": across}, reason)
+            if across is None or proof.holds is False:
+                return proof
+        if across is not None:
+            call = " + ".join(alone["calls"][across])
+            says = f"{call} is answered otherwise by a second instance once the first was used"
+            return Property(False, says, [{"call": call}])
+        trials = outcome.last if isinstance(outcome.last, int) else 0
+        if trials < alone["known"].least_trials:
+            says = f"there was time for {trials} overlaps only: give more --budget-s"
+            return Property(None, says, [{"trials": trials}])
+        return Property(True, f"no difference in {trials} overlaps", [{"trials": trials}])
 
     def _proof(
         self,

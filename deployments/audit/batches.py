@@ -15,7 +15,7 @@ import torch
 
 from deployments.audit.findings import Property
 from deployments.audit.forks import Isolate, here
-from deployments.audit.instruments import OperatorWatch
+from deployments.audit.instruments import watch_operators
 from deployments.audit.randomness import seed_all
 from deployments.audit.sameness import distance, same, snapshot
 from deployments.audit.subject import Subject, distinct
@@ -273,6 +273,6 @@ def _tolerance(subject: Subject) -> float:
     def look(func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         kinds.update(one.dtype for one in args if isinstance(one, torch.Tensor))
 
-    with OperatorWatch(look):
+    with watch_operators(look):
         subject.call((Input(0),))
     return max((TOLERANCES[kind] for kind in kinds if kind in TOLERANCES), default=TOLERANCES[torch.float32])

@@ -20,7 +20,7 @@ def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Propert
     total = 0
     for process, outcome in enumerate(outcomes):
         previous = "warm-up"
-        for call, answer in outcome.value["first"]:
+        for call, answer in outcome.value:
             total += 1
             seen.setdefault(call, {}).setdefault(answer, f"process {process + 1}, after {previous}")
             previous = " + ".join(alone["calls"][call])
@@ -42,34 +42,20 @@ def compare_orders(outcomes: list[Outcome], alone: Mapping[str, Any]) -> Propert
 
 def is_steady(outcomes: list[Outcome]) -> bool:
     """Two processes that did the same gave the same."""
-    one, other = (outcome.value["first"] if outcome.value else [] for outcome in outcomes[:2])
+    one, other = (outcome.value if outcome.value else [] for outcome in outcomes[:2])
     return all(a == b for a, b in zip(one, other, strict=False))
 
 
-def second_differs(outcomes: list[Outcome], alone: Mapping[str, Any]) -> str:
-    """The call that a second instance, loaded after the first was used, answered otherwise than the first
-    did; "" for none.
-    """
-    for outcome in outcomes:
-        for one, other in zip(*outcome.value.values(), strict=False) if outcome.value else ():
-            if one != other:
-                return " + ".join(alone["calls"][other[0]])
-    return ""
-
-
-def with_history(properties: Mapping[str, Property], *, across: str = "") -> dict[str, Property]:
-    """Where answers depend on earlier calls, they depend on those of other threads; where a second instance
-    answers otherwise once the first was used (`across`: which call), on those of other instances.
+def with_history(properties: Mapping[str, Property]) -> dict[str, Property]:
+    """Where answers depend on earlier calls, they depend on those of other threads. A race of copies that
+    needs all that came before may be a copy's own history, unless copies were seen to share one ("across").
     """
     known = dict(properties)
-    if across and known["copy_safe"].holds is not False:
-        says = f"{across} is answered otherwise by a second instance once the first was used"
-        known["copy_safe"] = Property(False, says, [{"call": across}])
     history = known["order_independent"]
     if history.holds is not False:
         return known
     evidence = known["copy_safe"].evidence
-    if not across and evidence and evidence[0].get("prefix"):
+    if evidence and evidence[0].get("prefix") and evidence[0].get("across") is None:
         says = "can't be told apart: a copy's answers depend on its own earlier calls"
         known["copy_safe"] = Property(None, says, evidence)
     for name in ("thread_safe", "cold_start_safe"):

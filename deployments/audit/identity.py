@@ -20,7 +20,7 @@ from pathlib import Path
 
 from deployments.audit.target import Target
 
-FORMAT = 2
+FORMAT = 3
 """Grows when the audit itself decides otherwise than before: stored verdicts are made anew then."""
 OUR_OWN = "deployments"
 _LIBRARIES = tuple(

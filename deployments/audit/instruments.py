@@ -38,7 +38,7 @@ def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
         sys.settrace(_Lines(pause, event).on_call)
     try:
         if Instruments.OPERATORS in instruments:
-            with OperatorWatch(lambda func, args, kwargs: pause(str(func))):
+            with watch_operators(lambda func, args, kwargs: pause(str(func))):
                 yield
         else:
             yield
@@ -46,9 +46,13 @@ def instrumented(pause: Pause, instruments: Instruments) -> Iterator[None]:
         sys.settrace(before)
 
 
-class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`on_operator(func, args, kwargs)` before each operator of the block, in this thread."""
+def watch_operators(on_operator: OnOperator) -> TorchDispatchMode:
+    """A context: `on_operator(func, args, kwargs)` before each operator of the block, in this thread."""
+    made: TorchDispatchMode = (_BesideCompiler if "torch._dynamo" in sys.modules else _Watch)(on_operator)
+    return made
 
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, on_operator: OnOperator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_operator = on_operator
@@ -59,6 +63,24 @@ class OperatorWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         self._on_operator(func, args, kwargs)
         return func(*args, **kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch wraps no function that keeps its compiler away, which imports it first, 2 s."""
+        return False
+
+
+class _BesideCompiler(_Watch):  # type: ignore[no-untyped-call]
+    """Where the compiler is imported already, it must be kept from compiling the watch: 2 s and more."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
 
 
 class _Lines:
@@ -120,8 +142,8 @@ def is_own(filename: str) -> bool:
 
 
 def prepare() -> None:
-    """What torch imports at its first watched operator is imported now, not inside of a trial."""
-    with OperatorWatch(lambda func, args, kwargs: None):
+    """What torch puts off until its first watched operator is done now, not inside of a trial."""
+    with watch_operators(lambda func, args, kwargs: None):
         torch.zeros(1).add_(1)
 
 

@@ -13,8 +13,9 @@ from deployments.engine.engine import Engine
 from deployments.engine.scheduler import EngineLimits
 from deployments.runtime.optimise.apply import apply
 
-TOKENS = 2
-"""Generated of each prompt: one prefill and one decode; what they keep shows in the second."""
+TOKENS = (2, 1)
+"""Generated of the first example: one prefill and one decode; what they keep shows in the second. Of the
+others the prefill alone, in half of the time: an overlap with the first has both."""
 UNITS = 64
 """KV memory of a call's sequences, tokens each."""
 WORDS = 4
@@ -62,7 +63,10 @@ class LanguageSubject:
         sampling = Sampling(temperature=0.0, top_logprobs=2)
         words = text_of(request).split()[: WORDS + item.example]
         return GenerationRequest(
-            prompt=" ".join(words) or "a", max_tokens=self.tokens, sampling=sampling, ignore_eos=True
+            prompt=" ".join(words) or "a",
+            max_tokens=self.tokens[bool(item.example)],
+            sampling=sampling,
+            ignore_eos=True,
         )
 
     def key(self, item: Any) -> Hashable:

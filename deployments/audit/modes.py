@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from deployments.audit.findings import Property
-from deployments.audit.instruments import OperatorWatch, place_of_caller
+from deployments.audit.instruments import place_of_caller, watch_operators
 from deployments.runtime.modules import modules_of
 
 BATCH_NORMS = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"}
@@ -82,7 +82,7 @@ def _seen_in(call: Callable[[], Any], named: set[str]) -> list[dict[str, Any]]:
         elif _drops(func, given) and not named & DROPOUTS:
             note("dropout is on")
 
-    with OperatorWatch(look):
+    with watch_operators(look):
         call()
     return list(found.values())
 

@@ -1,18 +1,17 @@
 """What the phases' processes are forked from has imported: torch and the audit, and no model.
 
-Owns: that import, and what torch puts off until its first watched operator (sympy). Must not know: targets,
-phases' results. Measured on 2 cores: torch 1.5 s, the first watched operator 1.3 s, ten processes an audit;
-forked from here one begins in 0.05 s. A fork is safe as long as no thread holds anything: torch computes
-with one thread here, so OpenMP never starts its own, and OpenBLAS, which starts one when numpy is imported,
-looks after forks itself (pthread_atfork). CUDA is not initialised; phases on a GPU are spawned.
+Owns: that import. Must not know: targets, phases' results. Measured on 2 cores: torch 1.5 s, ten processes
+an audit; forked from here one begins in 0.05 s. A fork is safe as long as no thread holds anything: torch
+computes with one thread here, so OpenMP never starts its own, and OpenBLAS, which starts one when numpy is
+imported, looks after forks itself (pthread_atfork). CUDA is not initialised; phases on a GPU are spawned.
 """
 
 try:
     import torch
 
-    from deployments.audit.instruments import prepare
+    from deployments.audit import phases
 
     torch.set_num_threads(1)
-    prepare()
+    phases.begin()
 except Exception:  # whoever imports it next raises it again, where it can be told
     pass

@@ -6,6 +6,7 @@ Owns: what each process does. Must not know: how processes are run, what the ans
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from deployments.audit.instruments import prepare
 from deployments.audit.races import Races
 from deployments.audit.sameness import digest
 from deployments.audit.subject import Subject, calls_of, load
-from deployments.audit.target import LEAST_TRIALS, Batch, Input, Known, Target
+from deployments.audit.target import Batch, Input, Known, Target
 from deployments.audit.trials import Trial
 from deployments.audit.writes import Write, writes_of
 from deployments.runtime.copies import Weights
@@ -30,67 +31,81 @@ from deployments.runtime.model_class import ModelClassError
 
 Say = Callable[[Any], None]
 
-SLOW_S = 0.05
-"""Of a call: it is warmed up once only."""
-WRITES_S = 2.0
+SLOW_S = 0.08
+"""Of a call: it is warmed up once only, and what takes hundreds of calls to show is not looked for."""
+WRITES_S = 1.0
 REPEATS = 6
 MOST_ANSWERS = 500
 """Of a process that asks in one order: what happens every hundredth call is found."""
 LATEST = 4.0
-"""Times its share a search may take for the least number of trials. Copies of a model that keeps nothing have
-their share only: what is said of threads in one instance holds for them, too."""
+"""Times its share a search may take for the least number of trials."""
+FEW_COPIES = 3
+"""The least number for copies of a model that keeps nothing: what is said of threads in one instance holds
+for them, too."""
 
 
 def alone(say: Say, target: Target) -> dict[str, Any]:
-    """Of one instance in one thread: its calls, randomness, modes, writes."""
+    """Of one instance in one thread: its calls, randomness, modes."""
     _begin(target)
     threads_before = threads_now()
-    randomness.seed_all(1)
-    first = load(target)
-    weights = digest_of(first.instance)
-    firsts = writes_of(_Call(first, (Input(0),)))
-    del first
     subject = _load(target)
-    is_made_at_load = digest_of(subject.instance) != weights
+    weights = digest_of(subject.instance)
     known = known_of(subject)
     isolate = in_fork if _can_fork(target, threads_before) else here
     call = _Call(subject, known.calls[0])
     say("deterministic")
-
     deterministic = randomness.check(call, isolate)
     say("eval_mode")
-    eval_mode = modes.check(subject.instance, call)
-    say("writes")
-    writes = _writes_of(subject, known.calls)
     return {
         "known": known,
         "deterministic": deterministic,
-        "eval_mode": eval_mode,
-        "writes": [write.as_json() for write in writes],
-        "first_writes": [write.as_json() for write in firsts if write not in writes],
-        "weights": None if is_made_at_load else weights,
+        "eval_mode": modes.check(subject.instance, call),
+        "weights": weights,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def search(
-    say: Say, target: Target, known: Known, kind: str, seed: int, seconds: float
-) -> dict[str, Any] | None:
+def writes(say: Say, target: Target) -> dict[str, Any]:
+    """What the calls write, and what the first one of all wrote besides; the weights of an instance that is
+    made from another seed than all others."""
+    _begin(target)
+    randomness.seed_all(1)
+    subject = load(target)
+    weights = digest_of(subject.instance)
+    firsts = writes_of(_Call(subject, (Input(0),)))
+    calls = calls_of(subject)
+    if not _is_slow(subject, calls):
+        _warm(subject, calls)
+    found = _writes_of(subject, calls)
+    return {
+        "writes": [write.as_json() for write in found],
+        "first_writes": [write.as_json() for write in firsts if write not in found],
+        "weights": weights,
+    }
+
+
+def search(say: Say, target: Target, known: Known, kind: str, seed: int, seconds: float) -> dict[str, Any]:
     """Of `kind` threads (two calls and more in one warmed-up instance), copies (across two instances, as a
-    pool makes them) or cold (the first calls of an instance): what a trial found, as JSON.
+    pool makes them) or cold (the first calls of an instance): {"found": what a trial found, as JSON, or None;
+    "across": a call that the second copy answers otherwise than the first did, or None}.
     """
-    races = races_of(target, known, kind)
-    latest = 1.0 if kind == "copies" and known.repeats else LATEST
+    across: list[int] = []
+    races = races_of(target, known, kind, on_across=across.append)
+    share_suffices = kind == "copies" and known.repeats
+    enough = FEW_COPIES if share_suffices else known.least_trials
     began = time.monotonic()
 
     def has_time() -> bool:
         spent_s = time.monotonic() - began
-        return spent_s < seconds or (races.runs < LEAST_TRIALS and spent_s < latest * seconds)
+        if known.is_slow and races.runs >= enough:
+            return False
+        return spent_s < seconds or (races.runs < enough and spent_s < LATEST * seconds)
 
     races.on_trial = lambda trial: say(trial.as_json())
     found = races.search(seed=seed, has_time=has_time)
     say(races.runs)
-    return None if found is None else {**found.as_json(), "runs": races.runs}
+    told = None if found is None else {**found.as_json(), "runs": races.runs}
+    return {"found": told, "across": across[0] if across else None}
 
 
 def replay(
@@ -108,41 +123,47 @@ def replay(
 
 
 def orders(
-    say: Say, target: Target, known: Known, first: int, seconds: float, has_second: bool
-) -> dict[str, list[tuple[int, str]]]:
-    """Answers of the calls in an order that begins with call `first`: (call, digest), each warmed up just
-    before. One round and back at least, more while there is time. has_second: then the first round of a
-    second instance; it differs where instances share what the first one's calls left.
+    say: Say, target: Target, known: Known, begins: Sequence[int], seconds: float
+) -> list[list[tuple[int, str]]]:
+    """Answers of the calls in orders that begin with the calls `begins`, each in a process of its own: forks
+    of this one, which has loaded the model; where that can't be, the first order's alone.
+    """
+    _begin(target)
+    threads_before = threads_now()
+    subject = _load(target)
+    each = [partial(answers, subject, known, first, seconds) for first in begins]
+    return [in_fork(one) for one in each] if _can_fork(target, threads_before) else [each[0]()]
+
+
+def answers(subject: Subject, known: Known, first: int, seconds: float) -> list[tuple[int, str]]:
+    """(call, digest of its answer) in the order that begins with call `first`: one round and back at least,
+    more while there is time.
 
     Nothing is called before the first, since what it leaves may saturate (the largest value seen).
     """
-    _begin(target)
-    subject = _load(target)
     calls = known.calls
     order = [(first + number) % len(calls) for number in range(len(calls))]
-    answers: list[tuple[int, str]] = []
-
-    def ask(number: int) -> None:
-        randomness.seed_all(0)
-        answers.append((number, digest(subject.call(calls[number]))))
-
-    def go_round() -> None:
-        for number in order:
-            _warm(subject, calls[number : number + 1])
-            ask(number)
-
-    go_round()
-    for number in reversed(order):
-        ask(number)
-    deadline = time.monotonic() + seconds
+    found = _round(subject, calls, order)
+    found += [(number, _asked(subject, calls[number])) for number in reversed(order)]
+    deadline = time.monotonic() + (0.0 if known.is_slow else seconds)
     for number in islice(cycle((*order, *reversed(order), *(order[:1] * REPEATS))), MOST_ANSWERS):
         if time.monotonic() < deadline:
-            ask(number)
-    asked, answers = answers, []
-    if has_second:
-        subject = _load(target)
-        go_round()
-    return {"first": asked, "second": answers}
+            found.append((number, _asked(subject, calls[number])))
+    return found
+
+
+def _round(subject: Subject, calls: Sequence[Batch], order: Sequence[int]) -> list[tuple[int, str]]:
+    """(call, digest of its answer), each warmed up just before."""
+    found = []
+    for number in order:
+        _warm(subject, calls[number : number + 1])
+        found.append((number, _asked(subject, calls[number])))
+    return found
+
+
+def _asked(subject: Subject, batch: Batch) -> str:
+    randomness.seed_all(0)
+    return digest(subject.call(batch))
 
 
 def batches(say: Say, target: Target, known: Known, seconds: float) -> dict[str, Property]:
@@ -215,12 +236,17 @@ def _load(target: Target) -> Subject:
 
 
 def _begin(target: Target) -> None:
-    """In every process: one thread, nothing left to be imported in a trial. Raises ModelClassError."""
+    """In every process. Raises ModelClassError."""
     if torch.device(target.device).type == "cuda" and not torch.cuda.is_available():
         raise ModelClassError(
             f"--device {target.device}: torch {torch.__version__} finds no GPU here; leave --device out to "
             "audit on the CPU"
         )
+    begin()
+
+
+def begin() -> None:
+    """One thread, nothing left to be imported in a trial."""
     torch.set_num_threads(1)
     prepare()
 
@@ -234,7 +260,7 @@ def _warm(subject: Subject, calls: Sequence[Batch]) -> None:
 
 
 def _writes_of(subject: Subject, calls: Sequence[Batch]) -> list[Write]:
-    """Of the first call at least, of the others while there is time: a large model's take seconds each."""
+    """Of the first call at least, of the others while there is time: a large model's take a second each."""
     found: dict[Write, None] = {}
     began = time.monotonic()
     for batch in calls:
@@ -246,29 +272,35 @@ def _writes_of(subject: Subject, calls: Sequence[Batch]) -> list[Write]:
 def known_of(subject: Subject) -> Known:
     """The calls of an instance, which is warmed up then, and how they behave in one thread."""
     calls = calls_of(subject)
-    _warm(subject, calls)
-    return Known(tuple(calls), randomness.is_random(_Call(subject, calls[0])), _repeats(subject, calls))
+    is_slow = _is_slow(subject, calls)
+    if not is_slow:
+        _warm(subject, calls)
+    is_random = randomness.is_random(_Call(subject, calls[0]))
+    return Known(tuple(calls), is_random, _repeats(subject, calls), is_slow)
+
+
+def _is_slow(subject: Subject, calls: Sequence[Batch]) -> bool:
+    """Of calls that have been made once."""
+    began = time.monotonic()
+    subject.call(calls[0])
+    return time.monotonic() - began > SLOW_S
 
 
 def _repeats(subject: Subject, calls: Sequence[Batch]) -> bool:
     """Whether the calls, made again in another order, give the same: nothing is kept that matters."""
 
-    def answers(order: list[int]) -> dict[int, str]:
-        found = {}
-        for number in order:
-            randomness.seed_all(0)
-            found[number] = digest(subject.call(calls[number]))
-        return found
-
-    order = list(range(len(calls)))
-    return answers(order) == answers(order[::-1])
+    first = [_asked(subject, batch) for batch in calls]
+    return first == [_asked(subject, batch) for batch in reversed(calls)][::-1]
 
 
-def races_of(target: Target, known: Known, kind: str) -> Races:
-    """The races of a kind: threads, copies or cold. Loads the model, in this process."""
+def races_of(
+    target: Target, known: Known, kind: str, *, on_across: Callable[[int], None] = lambda call: None
+) -> Races:
+    """The races of a kind: threads, copies or cold. Loads the model, in this process. on_across: told of a
+    call that a second instance, loaded after the first was used, answers otherwise than the first did."""
     _begin(target)
     before = threads_now()
-    calls, reseeds = known.calls, known.is_random
+    calls, reseeds, is_slow = known.calls, known.is_random, known.is_slow
     one = _load(target)
 
     def of(subject: Subject) -> list[Callable[[], Any]]:
@@ -276,27 +308,30 @@ def races_of(target: Target, known: Known, kind: str) -> Races:
 
     if kind == "threads":
         _warm(one, calls)
-        return Races(of(one), reseeds=reseeds)
+        return Races(of(one), reseeds=reseeds, is_slow=is_slow)
     if kind == "cold":
         if _can_fork(target, before):
-            return Races(of(one), isolate=in_fork, reseeds=reseeds)
-        return Races(lambda: of(_load(target)), reseeds=reseeds)
+            return Races(of(one), isolate=in_fork, reseeds=reseeds, is_slow=is_slow)
+        return Races(lambda: of(_load(target)), reseeds=reseeds, is_slow=is_slow)
 
     def pair(first: Subject) -> list[Callable[[], Any]]:
+        order = range(len(calls))
         weights = Weights(first.instance)
-        _warm(first, calls)
+        of_first = _round(first, calls, order)
         second = _load(target)
         weights.tie(second.instance)
-        _warm(second, calls)
+        for one, other in zip(of_first, _round(second, calls, order), strict=True):
+            if one != other:
+                on_across(one[0])
         return [call for both in zip(of(first), of(second), strict=True) for call in both]
 
     made = pair(one)
     # A model that keeps something differs from itself by what came before: then each trial begins alike.
     if known.repeats:
-        return Races(made, reseeds=reseeds, one_each=True)
+        return Races(made, reseeds=reseeds, is_slow=is_slow, one_each=True)
     if _can_fork(target, before):
-        return Races(made, isolate=in_fork, reseeds=reseeds, one_each=True)
-    return Races(lambda: pair(_load(target)), reseeds=reseeds, one_each=True)
+        return Races(made, isolate=in_fork, reseeds=reseeds, is_slow=is_slow, one_each=True)
+    return Races(lambda: pair(_load(target)), reseeds=reseeds, is_slow=is_slow, one_each=True)
 
 
 def _can_fork(target: Target, threads_before: int) -> bool:

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +24,11 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["deployments.audit.nursery"])
 POLL_S = 0.2
 """How soon a phase hears that the audit is stopped."""
+
+
+def start_server() -> None:
+    """What phases are forked from; it imports torch while the caller goes on."""
+    forkserver.ensure_running()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ spoilt what the model keeps.
 """
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from deployments.audit.forks import Isolate, here
 from deployments.audit.instruments import Instruments, instrumented
 from deployments.audit.randomness import seed_all
 from deployments.audit.sameness import same, snapshot
-from deployments.audit.schedules import Inside, Lockstep, Overlap
+from deployments.audit.schedules import Inside, Lockstep, Meet, Overlap
 from deployments.audit.trials import Finding, Trial
 from deployments.audit.turns import Ended, Stuck, Turns
 
@@ -32,12 +31,16 @@ SIMPLEST = 60
 DEADLOCK = "waits for ever: a deadlock"
 NEAREST = 16
 """Places where the second call is put inside the first before all else: the plainest races."""
+MEETINGS = 24
+"""Lines and operators that both calls of a pair come to, at which they are brought together."""
+SLOWER = 4
+"""Times fewer of both, and of the strides before them, where calls are slow."""
 INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
 STORM = 9
 """Calls in flight in the storm: ring buffers of two to eight rooms look safe to a pair."""
-SLOW_S = 0.05
-"""Of a call: after an overlap only one of two calls is made once more."""
+LATER = 4
+"""Of a slow model one call in so many is made once more after an overlap."""
 FEW_OPCODES = 3000
 """Of a call's own Python code: where there are more, a pause before each takes too long."""
 
@@ -60,15 +63,16 @@ class Races:
         isolate: Isolate | None = None,
         reseeds: bool = False,
         one_each: bool = False,
+        is_slow: bool = False,
     ) -> None:
         self._make = calls if callable(calls) else None
         self._isolate: Isolate = isolate or here
         self._is_afresh = self._make is not None or isolate is not None
         self._calls: Sequence[Call] = calls() if callable(calls) else list(calls)
         self._reseeds, self._one_each = reseeds, one_each
-        self._alone: dict[tuple[int, Instruments], tuple[Any, int]] = {}
+        self._alone: dict[tuple[int, Instruments], tuple[Any, list[str]]] = {}
         self._plain: dict[int, Ended] = {}
-        self._is_slow = False
+        self._is_slow = is_slow
         self.runs = 0
         self.on_trial: Callable[[Trial], None] = lambda trial: None
 
@@ -101,11 +105,14 @@ class Races:
         """Pairs of calls, and a call with itself, by every instrument; the telling ones first."""
         rng = random.Random(seed)
         pairs = self._pairs()
-        for point in self._places(pairs[0][0], Instruments.BOTH, NEAREST):
+        fewer = SLOWER if self._is_slow else 1
+        for point in self._places(pairs[0][0], Instruments.BOTH, NEAREST // fewer):
             yield Trial(pairs[0], Instruments.BOTH, Inside((point,)))
         last = len(self._calls) - 1  # the largest batch, against one item
-        for stride in STRIDES if last else ():
+        for stride in STRIDES[: len(STRIDES) // fewer] if last else ():
             yield Trial((last, 0), Instruments.BOTH, Lockstep(stride))
+        for meet in self._meetings((last, 0), Instruments.BOTH, MEETINGS // fewer):
+            yield Trial((last, 0), Instruments.BOTH, meet)
         for strides in (STRIDES[:2], STRIDES[2:]):
             for stride in strides:
                 for pair in pairs:
@@ -127,7 +134,7 @@ class Races:
         """Within a line the interpreter's lock may change hands, too."""
         opcodes = Instruments.OPCODES
         for pair in pairs:
-            if self._reference(pair[0], opcodes)[1] <= FEW_OPCODES:
+            if len(self._reference(pair[0], opcodes)[1]) <= FEW_OPCODES:
                 for stride in (1, 4):
                     yield Trial(pair, opcodes, Lockstep(stride))
                 for point in self._places(pair[0], opcodes, SIMPLEST):
@@ -161,7 +168,8 @@ class Races:
         firsts = [snapshot(end.value) for end in ended]
         for thread, number in enumerate(trial.calls):
             how = _difference(ended[thread], firsts[thread], expected[thread])
-            if not how and not self._is_afresh and (not self._is_slow or thread == self.runs % 2):
+            is_later = not self._is_slow or (self.runs + thread) % LATER == 0
+            if not how and not self._is_afresh and is_later:
                 how = self._difference_later(number, ended[thread].value, firsts[thread])
             if how:
                 return Finding(trial, thread, how, turns.points)
@@ -203,12 +211,10 @@ class Races:
 
         return run
 
-    def _reference(self, number: int, instruments: Instruments) -> tuple[Any, int]:
+    def _reference(self, number: int, instruments: Instruments) -> tuple[Any, list[str]]:
         """(the call's answer alone, its points)."""
         if number not in self._plain and not self._is_afresh:
-            began = time.monotonic()
             self._plain[number] = self._made_plain(number)
-            self._is_slow = self._is_slow or time.monotonic() - began > SLOW_S
         known = self._alone.get((number, instruments))
         if known is None:
             known = self._isolate(lambda: self._made_alone(number, instruments))
@@ -224,13 +230,13 @@ class Races:
         except Exception as error:
             return Ended(error=error)
 
-    def _made_alone(self, number: int, instruments: Instruments) -> tuple[Any, int]:
+    def _made_alone(self, number: int, instruments: Instruments) -> tuple[Any, list[str]]:
         calls = self._calls if self._make is None else self._make()
         turns = Turns(Lockstep(1))
         (end,) = turns.run([self._instrumented(calls[number], number, instruments, turns)])
         if end.error is not None:
             raise end.error
-        return snapshot(end.value), len(turns.points)
+        return snapshot(end.value), [point.what for point in turns.points]
 
     # -- which ------------------------------------------------------------------------------------------
 
@@ -241,8 +247,22 @@ class Races:
         return [*pairs, *((b, a) for a, b in pairs if count == 2), *([] if self._one_each else [(0, 0)])]
 
     def _places(self, number: int, instruments: Instruments, most: int) -> list[int]:
-        points = self._reference(number, instruments)[1]
+        points = len(self._reference(number, instruments)[1])
         return list(range(1, points + 1, max(1, -(-points // most))))
+
+    def _meetings(self, pair: tuple[int, int], instruments: Instruments, most: int) -> list[Meet]:
+        """Where both come to one line or operator for the first time, spread over the call."""
+        firsts, seconds = (_firsts(self._reference(number, instruments)[1]) for number in pair)
+        both = [Meet((first, seconds[what])) for what, first in firsts.items() if what in seconds]
+        return both[:: max(1, -(-len(both) // most))]
+
+
+def _firsts(points: Sequence[str]) -> dict[str, int]:
+    """The number of each point's first time, counted from 1."""
+    found: dict[str, int] = {}
+    for number, what in enumerate(points, start=1):
+        found.setdefault(what, number)
+    return found
 
 
 def _difference(end: Ended, first: Any, wanted: Any) -> str:

@@ -14,13 +14,14 @@ import torch
 
 from deployments.audit.findings import Property
 from deployments.audit.forks import Isolate, here
-from deployments.audit.instruments import OperatorWatch, place_of_caller
+from deployments.audit.instruments import place_of_caller, watch_operators
 from deployments.audit.sameness import digest
 from deployments.runtime.modules import parts_of
 
 Call = Callable[[], Any]
 
 SEEDS = 8
+FEW_SEEDS = 3
 
 
 def _seed_torch(seed: int) -> None:
@@ -51,8 +52,8 @@ def answer_of(call: Call, seed: int) -> str:
 
 def is_random(call: Call, isolate: Isolate = here) -> bool:
     """Whether the answer follows the seeds, and is the same for the same one."""
-    return len({answer_of(call, seed) for seed in range(3)}) > 1 and _follows(
-        call, seed_all, range(3), isolate
+    return len({answer_of(call, seed) for seed in range(FEW_SEEDS)}) > 1 and _follows(
+        call, seed_all, range(FEW_SEEDS), isolate
     )
 
 
@@ -116,6 +117,6 @@ def draws_of(call: Call) -> list[dict[str, Any]]:
             name, at = str(func), place_of_caller()
             found[name, at] = {"operator": name, "at": at, "own_generator": own}
 
-    with OperatorWatch(note):
+    with watch_operators(note):
         call()
     return list(found.values())[:8]

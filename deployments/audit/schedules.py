@@ -39,6 +39,20 @@ class Inside:
 
 
 @dataclass(frozen=True, slots=True)
+class Meet:
+    """Each thread goes alone to its point meets[thread]; from there they go one point each, in turn. Lockstep
+    of calls that take unlike ways to the place where they race: a batch of four is stacked in more steps than
+    a batch of one."""
+
+    meets: tuple[int, ...]
+
+    def next(self, thread: int, counts: Sequence[int]) -> int:
+        if counts[thread] < self.meets[thread]:
+            return thread
+        return (thread + 1) % len(counts)
+
+
+@dataclass(frozen=True, slots=True)
 class Overlap:
     """At each point another thread goes on with probability `share`, drawn from the seed and the point."""
 
@@ -53,9 +67,10 @@ class Overlap:
         return (thread + 1 + draw % max(1, len(counts) - 1)) % len(counts)
 
 
-KINDS: Mapping[str, type[Lockstep] | type[Inside] | type[Overlap]] = {
+KINDS: Mapping[str, type[Lockstep] | type[Inside] | type[Meet] | type[Overlap]] = {
     "lockstep": Lockstep,
     "inside": Inside,
+    "meet": Meet,
     "overlap": Overlap,
 }
 

@@ -214,9 +214,8 @@ def calls_of(subject: Subject) -> list[Batch]:
 
     Raises what the model raises on its first example.
     """
-    singles = [Input(0), *distinct(subject)]
-    subject.call((singles[0],))
-    singles = [one for one in singles if one == Input(0) or _goes_through(subject, (one,))]
+    subject.call((Input(0),))
+    singles = [Input(0), *(one for one in distinct(subject) if _goes_through(subject, (one,)))]
     batches: list[Batch] = [(one,) for one in singles]
     mates = [one for one in singles if subject.key(one) == subject.key(singles[0])]
     if subject.can_batch:
@@ -225,7 +224,7 @@ def calls_of(subject: Subject) -> list[Batch]:
             for batch in (tuple(mates[:3]), (mates[-1], mates[0], mates[0], mates[-1]))
             if len(batch) > 1
         ]
-    return [batch for batch in dict.fromkeys(batches) if _goes_through(subject, batch)]
+    return [batch for batch in dict.fromkeys(batches) if len(batch) == 1 or _goes_through(subject, batch)]
 
 
 def distinct(subject: Subject) -> list[Input]:

@@ -44,22 +44,33 @@ class Known:
     """What the first phase found, for the others, so that all number the calls alike.
 
     calls: those that go through. is_random: the first follows the seeds. repeats: made again in another
-    order they give the same: nothing is kept that matters.
+    order they give the same: nothing is kept that matters. is_slow: a call takes so long (phases.SLOW_S) that
+    there is time for the most telling trials alone.
     """
 
     calls: tuple[Batch, ...]
     is_random: bool = False
     repeats: bool = True
+    is_slow: bool = False
+
+    @property
+    def least_trials(self) -> int:
+        """Overlaps without a difference before "no difference" is said."""
+        return LEAST_OF_SLOW if self.is_slow else LEAST_TRIALS
 
     def as_json(self) -> dict[str, Any]:
         calls = [[[item.example, item.change] for item in batch] for batch in self.calls]
-        return {"calls": calls, "is_random": self.is_random, "repeats": self.repeats}
+        return {
+            "calls": calls, "is_random": self.is_random, "repeats": self.repeats, "is_slow": self.is_slow,
+        }  # fmt: skip
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Known":
         calls = tuple(tuple(Input(*item) for item in batch) for batch in value["calls"])
-        return Known(calls, value["is_random"], value["repeats"])
+        return Known(calls, value["is_random"], value["repeats"], value["is_slow"])
 
 
 LEAST_TRIALS = 30
-"""Overlaps without a difference before "no difference" is said: lockstep of all pairs by all instruments."""
+"""One call inside another at 16 places, lockstep, meetings."""
+LEAST_OF_SLOW = 10
+"""The same at a quarter of the places."""

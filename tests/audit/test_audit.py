@@ -16,14 +16,14 @@ from deployments.audit import report as reports
 from deployments.audit import store
 from deployments.audit.audit import names_of
 from deployments.audit.findings import PROPERTIES, Property
+from deployments.audit.forks import in_fork
 from deployments.audit.histories import (
     compare_orders,
     is_steady,
-    second_differs,
     with_history,
     without_steadiness,
 )
-from deployments.audit.phases import known_of, orders
+from deployments.audit.phases import known_of, orders, races_of
 from deployments.audit.process import Outcome, run_phase
 from deployments.audit.subject import calls_of, load
 from deployments.audit.target import Input, Target
@@ -240,8 +240,8 @@ def test_words_are_never_plain_safe() -> None:
     assert verdict_of(properties(unknown=("thread_safe",)), []) == "undecided"
 
 
-def of_orders(*answers: tuple[int, str], second: tuple[tuple[int, str], ...] = ()) -> Outcome:
-    return Outcome({"first": list(answers), "second": list(second)})
+def of_orders(*answers: tuple[int, str]) -> Outcome:
+    return Outcome(list(answers))
 
 
 def test_answer_that_follows_the_order_of_calls_is_found_across_processes() -> None:
@@ -259,9 +259,7 @@ def test_largest_value_seen_is_history_though_it_saturates() -> None:
     target = Target(f"{KINDS}:LargestSeenOnSelf")
     known = known_of(load(target))
     outlier = next(n for n, batch in enumerate(known.calls) if batch[0].change == "x-100")
-    outcomes = [
-        Outcome(orders(lambda said: None, target, known, first, 0.0, False)) for first in (0, outlier)
-    ]
+    outcomes = [Outcome(one) for one in orders(lambda said: None, target, known, (0, outlier), 0.0)]
     alone = {"calls": names_of(known), "writes": [], "first_writes": []}
     assert compare_orders(outcomes, alone).holds is False
 
@@ -274,23 +272,24 @@ def test_history_of_calls_is_history_of_other_threads_calls() -> None:
     assert with_history(properties("copy_safe")) == properties("copy_safe")
 
 
-def test_history_that_instances_share_is_told_of_copies() -> None:
-    found = with_history(properties("order_independent"), across="examples()[0]")
-    assert (found["copy_safe"].holds, found["batch_invariant"].holds) == (False, True)
-
-
 def test_race_of_copies_that_needs_what_came_before_may_be_their_own_history() -> None:
     race = Property(False, "race", [{"replay": "abc", "prefix": (0, 70)}])
     assert with_history({**properties(), "copy_safe": race})["copy_safe"].holds is False
     assert with_history({**properties("order_independent"), "copy_safe": race})["copy_safe"].holds is None
+    shared = Property(False, "race", [{"replay": "abc", "prefix": (0, 70), "across": 1}])
+    assert with_history({**properties("order_independent"), "copy_safe": shared})["copy_safe"].holds is False
 
 
 def test_second_instance_that_knows_what_the_first_was_asked_is_found() -> None:
-    alone = {"calls": [["examples()[0]"], ["examples()[1]"]]}
-    first = ((0, "a"), (1, "b"))
-    assert second_differs([of_orders(*first), of_orders(*first, second=first)], alone) == ""
-    other = of_orders(*first, second=((0, "a"), (1, "c")))
-    assert second_differs([of_orders(*first), other], alone) == "examples()[1]"
+    def differing(name: str) -> list[int]:
+        target = Target(f"{KINDS}:{name}")
+        found: list[int] = []
+        known = in_fork(lambda: known_of(load(target)))  # what it calls is seen for ever
+        races_of(target, known, "copies", on_across=found.append)
+        return found
+
+    assert in_fork(lambda: differing("GlobalMaximum"))
+    assert in_fork(lambda: differing("CounterAddedToInput")) == []
 
 
 def test_what_differs_in_processes_that_did_the_same_decides_nothing() -> None:

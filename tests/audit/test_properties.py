@@ -6,17 +6,19 @@ import pytest
 
 from deployments.audit import modes, randomness
 from deployments.audit.batches import Crowds
-from deployments.audit.forks import here, in_fork
+from deployments.audit.findings import Property
+from deployments.audit.forks import Isolate, here, in_fork
 from deployments.audit.subject import Subject, calls_of, load
 from deployments.audit.target import Input, Target
-from deployments.audit.writes import writes_of
+from deployments.audit.writes import Write, writes_of
 from tests.audit import kinds
 from tests.audit.kinds import TRUTH
 
 FOLDER = str(Path(__file__).parents[2])
 NAMES = [kind.__name__ for kind in TRUTH]
 KEEPS = {kind.__name__ for kind, false in TRUTH.items() if "order_independent" in false}
-"""Only forks tell their history from their batch-mates; the others do without, at a tenth of the time."""
+"""Only forks tell their history from their batch-mates; the others do without, at a tenth of the time. These
+are called in forks alone: what their module's globals keep would be another test's history."""
 
 
 def subject_of(name: str) -> Subject:
@@ -34,9 +36,13 @@ def holds(name: str, what: str) -> bool:
     return what not in TRUTH[getattr(kinds, name)]
 
 
+def isolation_of(name: str) -> Isolate:
+    return in_fork if name in KEEPS else here
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_mates_are_found_to_matter_or_not(name: str) -> None:
-    isolate = in_fork if name in KEEPS else here
+    isolate = isolation_of(name)
     subject = subject_of(name)
     is_random = isolate(lambda: randomness.is_random(lambda: subject.call((Input(0),))))
     found = Crowds(subject, is_random=is_random, isolate=isolate).check_mates()
@@ -45,7 +51,7 @@ def test_batch_mates_are_found_to_matter_or_not(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if issubclass(getattr(kinds, n), kinds.Ragged)])
 def test_padding_is_found_to_matter_or_not(name: str) -> None:
-    found = Crowds(warmed(name)).check_padding()
+    found = isolation_of(name)(lambda: Crowds(warmed(name)).check_padding())
     assert found.holds is holds(name, "padding_invariant"), found
 
 
@@ -57,12 +63,11 @@ def test_padding_is_undecided_where_nothing_is_padded() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_numbers_are_found_with_their_source(name: str) -> None:
-    subject = warmed(name)
+    def check() -> Property:
+        subject = warmed(name)
+        return randomness.check(lambda: subject.call((Input(0),)), in_fork)
 
-    def call() -> object:
-        return subject.call((Input(0),))
-
-    found = randomness.check(call, in_fork)
+    found = isolation_of(name)(check)
     assert found.holds is holds(name, "deterministic"), found
 
 
@@ -82,8 +87,11 @@ def test_source_of_random_numbers_is_named(name: str, source: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_in_a_mode_for_training_is_named(name: str) -> None:
-    subject = warmed(name)
-    found = modes.check(subject.instance, lambda: subject.call((Input(0),)))
+    def check() -> Property:
+        subject = warmed(name)
+        return modes.check(subject.instance, lambda: subject.call((Input(0),)))
+
+    found = isolation_of(name)(check)
     assert found.holds is holds(name, "eval_mode"), found
 
 
@@ -101,8 +109,11 @@ def test_what_is_in_a_mode_for_training_is_named(name: str) -> None:
     ],
 )
 def test_writes_are_found_with_their_line(name: str, attribute: str) -> None:
-    subject = warmed(name)
-    writes = writes_of(lambda: subject.call((Input(1),)))
+    def look() -> list[Write]:
+        subject = warmed(name)
+        return writes_of(lambda: subject.call((Input(1),)))
+
+    writes = isolation_of(name)(look)
     (found,) = {write.attribute: write for write in writes if write.attribute == attribute}.values()
     line = Path(found.file).read_text().splitlines()[found.line - 1]
     assert attribute.rpartition(".")[2] in line

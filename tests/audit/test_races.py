@@ -21,8 +21,8 @@ KEEPS_IN_THE_PROCESS = {"GlobalMaximum", "LargestSeenOnSelf"}
 NAMES = [kind.__name__ for kind in TRUTH if kind.__name__ not in ENDS_THE_PROCESS]
 
 
-def races(name: str, phase: str = "threads") -> Races:
-    target = Target(f"tests.audit.kinds:{name}", folder=FOLDER)
+def races(name: str, phase: str = "threads", module: str = "kinds") -> Races:
+    target = Target(f"tests.audit.{module}:{name}", folder=FOLDER)
     return races_of(target, known_of(load(target)), phase)
 
 
@@ -71,6 +71,11 @@ def test_first_calls_of_a_fresh_instance_are_raced_apart(name: str) -> None:
     found = races(name, "cold")
     finding = found.search(has_time=lambda: found.runs < 60)
     assert (finding is not None) == is_false(name, "cold_start_safe")
+
+
+def test_first_calls_are_brought_together_at_the_line_where_they_race() -> None:
+    found = races("CopyOnWriteReadBack", "cold", "kinds_sly")
+    assert found.search(has_time=lambda: found.runs < 60) is not None
 
 
 def test_only_more_than_two_calls_in_flight_find_a_ring_of_three() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from deployments.audit.schedules import Inside, Lockstep, Overlap, Schedule, from_json, to_json
+from deployments.audit.schedules import Inside, Lockstep, Meet, Overlap, Schedule, from_json, to_json
 from deployments.audit.turns import Turns
 
 
@@ -31,6 +31,12 @@ def test_inside_puts_whole_calls_into_pauses() -> None:
     assert order(Inside((1, 2)), [2, 3, 2]) == "0112210"
 
 
+def test_calls_meet_at_a_point_and_go_on_in_lockstep() -> None:
+    assert order(Meet((2, 1)), [4, 3]) == "0010101"
+    assert order(Meet((1, 3)), [2, 4]) == "011101"
+    assert order(Meet((2, 9)), [3, 2]) == "00110"
+
+
 def test_a_pause_that_is_never_reached_puts_one_call_behind_the_other() -> None:
     assert order(Inside((9,)), [2, 2]) == "0011"
 
@@ -41,7 +47,7 @@ def test_overlap_is_the_same_for_the_same_seed_and_another_for_others() -> None:
     assert order(Overlap(3, 0.5), [6, 6]) == order(Overlap(3, 0.5), [6, 6])
 
 
-@pytest.mark.parametrize("schedule", [Lockstep(3), Inside((1, 5)), Overlap(7, 0.2)])
+@pytest.mark.parametrize("schedule", [Lockstep(3), Inside((1, 5)), Meet((2, 4)), Overlap(7, 0.2)])
 def test_schedules_go_through_json(schedule: Schedule) -> None:
     assert from_json(json.loads(json.dumps(to_json(schedule)))) == schedule
 

@@ -43,7 +43,7 @@ def test_each_shipped_models_verdict_is_stored_and_current(name: str) -> None:
     )
     assert (report["mode"], report["batching"]) == EXPECTED[name]
     assert report["properties"]["batch_invariant"]["holds"] is True
-    assert report["took_s"] <= (120.0 if name == "chat" else 60.0)  # a dozen loads of 5 s each
+    assert report["took_s"] <= 60.0
 
 
 def test_no_report_of_older_code_is_shipped() -> None:
