@@ -17,7 +17,7 @@ import yaml
 
 from deployments.audit import report as reports
 from deployments.audit import store
-from deployments.audit.audit import PHASES, Audit, AuditFailed
+from deployments.audit.audit import OVERLAPS, Audit, AuditFailed
 from deployments.audit.identity import code_key
 from deployments.audit.process import run_phase, start_server
 from deployments.audit.target import Known, Target
@@ -162,7 +162,7 @@ def _replay(replay: str) -> int:
     target = Target(**report["model"])
     prefix = evidence.get("prefix")
     outcome = run_phase(
-        f"{PHASES}:replay", target, Known.from_json(report["known"]), evidence["kind"], evidence["trial"],
+        f"{OVERLAPS}:replay", target, Known.from_json(report["known"]), evidence["kind"], evidence["trial"],
         prefix and tuple(prefix), limit_s=REPLAY_S, is_forked=target.device == "cpu",
     )  # fmt: skip
     if outcome.died:

@@ -28,6 +28,7 @@ from deployments.audit.target import Known, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 
 PHASES = "deployments.audit.phases"
+OVERLAPS = "deployments.audit.overlaps"
 ORDERS = ((0, 2), (0, 1))
 """The calls with which orders begin, of each process that loads the model. Two begin alike: they differ only
 by a clock or by chance that no seed governs."""
@@ -181,8 +182,9 @@ class Audit:
             self._cores.put(core)
 
     def _in_process(self, stopped: threading.Event, core: int | None, phase: str, *arguments: Any) -> Outcome:
+        module = OVERLAPS if phase in ("search", "replay") else PHASES
         return run_phase(
-            f"{PHASES}:{phase}", self.target, *arguments, limit_s=self.budget_s + GRACE_S,
+            f"{module}:{phase}", self.target, *arguments, limit_s=self.budget_s + GRACE_S,
             is_forked=self.target.device == "cpu", core=core, stopped=stopped,
         )  # fmt: skip
 

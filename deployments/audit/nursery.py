@@ -7,11 +7,8 @@ imported, looks after forks itself (pthread_atfork). CUDA is not initialised; ph
 """
 
 try:
-    import torch
+    from deployments.audit import instances, overlaps, phases  # noqa: F401
 
-    from deployments.audit import phases
-
-    torch.set_num_threads(1)
-    phases.begin()
+    instances.begin()
 except Exception:  # whoever imports it next raises it again, where it can be told
     pass

@@ -44,7 +44,7 @@ class Known:
     """What the first phase found, for the others, so that all number the calls alike.
 
     calls: those that go through. is_random: the first follows the seeds. repeats: made again in another
-    order they give the same: nothing is kept that matters. is_slow: a call takes so long (phases.SLOW_S) that
+    order they give the same: nothing is kept that matters. is_slow: a call takes instances.SLOW_S and more:
     there is time for the most telling trials alone.
     """
 

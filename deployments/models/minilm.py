@@ -4,6 +4,7 @@ Owns: text to tokens, pooling, and which models are taken. The network is in ber
 Source: sbert.net, "Pretrained models"; the model's modules.json and 1_Pooling/config.json.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,8 +248,10 @@ def _check_config(config: dict[str, Any], max_tokens: int) -> None:
         raise ValueError(f"max_tokens {max_tokens} is more than the model's {limit} positions")
 
 
+@functools.lru_cache(2)
 def _load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
-    """The tokenizer, cutting at max_tokens, never padding (its file may say otherwise).
+    """The tokenizer, cutting at max_tokens, never padding (its file may say otherwise). The instances of a
+    pool share it: 6 MiB each otherwise.
 
     `encode` may be called from many threads at once. It holds the GIL meanwhile, which texts cut to the
     model's length keep short, and starts no threads of its own, as `encode_batch` would.

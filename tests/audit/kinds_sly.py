@@ -636,6 +636,19 @@ class FxTraced(Kind):
         return self.graph(x)
 
 
+class QuantisedConvolution(Kind):
+    """QNNPACK's, whose threads raced once (pytorch 58055); a lock of torch's own holds them apart since."""
+
+    def set_up(self) -> None:
+        torch.backends.quantized.engine = "qnnpack"
+        weight = torch.quantize_per_tensor(torch.randn(4, 1, 1, 3), 0.02, 0, torch.qint8)
+        self.packed = torch.ops.quantized.conv2d_prepack(weight, None, [1, 1], [0, 1], [1, 1], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image = torch.quantize_per_tensor(x[:, None, None, :], 0.05, 64, torch.quint8)
+        return torch.ops.quantized.conv2d(image, self.packed, 0.05, 64).dequantize().flatten(1)
+
+
 class WeightNorm(Kind):
     def set_up(self) -> None:
         self.net = torch.nn.utils.parametrizations.weight_norm(nn.Linear(D, D)).eval()
@@ -787,6 +800,7 @@ TRUTH: dict[Any, set[str]] = {
     DropoutOfNothing: set(),
     DropoutOfTheAttentionCall: {"deterministic", "eval_mode"},
     CompiledEagerly: set(),
+    QuantisedConvolution: set(),
     plain_module: set(),
     forgotten_eval: {"deterministic", "eval_mode"},
     bert: set(),

@@ -23,7 +23,9 @@ from deployments.audit.histories import (
     with_history,
     without_steadiness,
 )
-from deployments.audit.phases import known_of, orders, races_of
+from deployments.audit.instances import known_of
+from deployments.audit.overlaps import races_of
+from deployments.audit.phases import orders
 from deployments.audit.process import Outcome, run_phase
 from deployments.audit.subject import calls_of, load
 from deployments.audit.target import Input, Target

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from deployments.audit.audit import PHASES, Audit
+from deployments.audit.audit import OVERLAPS, Audit
 from deployments.audit.findings import PROPERTIES
 from deployments.audit.process import run_phase
 from deployments.audit.target import Known, Target
@@ -72,7 +72,7 @@ def test_every_race_reported_is_shown_again_ten_times_of_ten(name: str) -> None:
     for race in races:
         for _ in range(10):
             arguments = (target_of(name), known, race["kind"], race["trial"], race["prefix"])
-            outcome = run_phase(f"{PHASES}:replay", *arguments, limit_s=60.0)
+            outcome = run_phase(f"{OVERLAPS}:replay", *arguments, limit_s=60.0)
             assert outcome.died or outcome.value is not None, race
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deployments.audit.phases import known_of, races_of
+from deployments.audit.instances import known_of
+from deployments.audit.overlaps import races_of
 from deployments.audit.races import Races
 from deployments.audit.schedules import Inside
 from deployments.audit.subject import load

@@ -21,7 +21,7 @@ from scripts.tune.session import Session, Wish
 from scripts.tune.tuning import Tuning
 
 APPLICATIONS = ("embed", "classify", "own")
-BUDGET_S = 40.0
+BUDGET_S = 35.0
 
 _OWN = '''import torch
 
