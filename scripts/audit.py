@@ -8,6 +8,7 @@ import argparse
 import ast
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from deployments.audit import report as reports
 from deployments.audit import store
 from deployments.audit.audit import OVERLAPS, Audit, AuditFailed
-from deployments.audit.identity import code_key
+from deployments.audit.identity import code_key, slow_libraries
 from deployments.audit.process import run_phase, start_server
 from deployments.audit.target import Known, Target
 
@@ -34,7 +35,8 @@ Exit status: 0 as safe as tested, 1 something fails, 2 it could not run.
 """
 
 
-REPLAY_S = 120.0
+REPLAY_S = 60.0
+"""Beyond the time of the whole audit, whose trials may all have to be made again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--replay", metavar="ID", help="show a race again; the report names its id")
     options = parser.parse_args(argv)
     if options.replay:
-        return _replay(options.replay)
+        try:
+            return _replay(options.replay, options.store)
+        except KeyboardInterrupt:
+            print("audit: stopped", file=sys.stderr)
+            return 130
     if options.target is None:
         parser.error("say what to audit: path/to/file.py:Class, or an application of config.yaml")
     if not options.budget_s > 0:
@@ -70,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         target = target_of(options)
         if options.device == "cpu":
-            start_server()
+            start_server(slow_libraries(target))
         key = _key(target)
         audit = Audit(target, options.target, options.budget_s, options.seed, _progress)
         report = {**audit.run(), "key": key}
@@ -86,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def target_of(options: argparse.Namespace) -> Target:
-    """What --target, --config, --model-args and --device name. Raises ValueError that says what to change."""
+    """What TARGET, --config, --model-args and --device name. Raises ValueError that says what to change."""
     try:
         model_args = json.loads(options.model_args)
     except ValueError as error:
@@ -114,10 +120,13 @@ def _keep(report: dict[str, Any], options: argparse.Namespace) -> None:
     """What can't be written is told; the report is printed anyway."""
     try:
         store.save(report, options.store)
+    except OSError as error:
+        print(f"audit: the report could not be kept ({error}); --replay won't find it", file=sys.stderr)
+    try:
         if options.markdown:
             Path(options.markdown).write_text(reports.markdown(report))
     except OSError as error:
-        print(f"audit: the report could not be kept ({error}); --replay won't find it", file=sys.stderr)
+        print(f"audit: --markdown: the page could not be written ({error})", file=sys.stderr)
 
 
 def _which(file: Path) -> str:
@@ -143,27 +152,34 @@ def _application(name: str, config: Path) -> dict[str, Any]:
         )
     try:
         found = yaml.safe_load(config.read_text())["applications"]
-        apps = {app["name"]: app.get("args", {}) for app in found}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        apps = {app["name"]: app.get("args") or {} for app in found}
+    except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{config} is no config file: {error}") from error
     if name not in apps:
         raise ValueError(f"{config} has no application {name!r}; it has {', '.join(map(repr, apps))}")
-    if "model" not in apps[name]:
-        raise ValueError(f"application {name!r} has no `model` in its args")
-    return dict(apps[name])
+    args = apps[name]
+    if not isinstance(args, dict) or not isinstance(args.get("model"), str):
+        raise ValueError(f"application {name!r} has no `model` in its args: the class as module:Class")
+    if not isinstance(args.get("model_args") or {}, dict):
+        raise ValueError(f"application {name!r}: model_args must be a mapping")
+    optimise = args.get("optimise") or []
+    if not isinstance(optimise, list) or not all(isinstance(one, str) for one in optimise):
+        raise ValueError(f"application {name!r}: optimise must be a list of variants, like [int8]")
+    return dict(args)
 
 
-def _replay(replay: str) -> int:
-    found = store.find_race(replay)
+def _replay(replay: str, place: Path | None) -> int:
+    found = store.find_race(replay, place)
     if found is None:
         print(f"audit: no kept report has a race {replay!r}; audit the model again", file=sys.stderr)
         return 2
     report, evidence = found
     target = Target(**report["model"])
     prefix = evidence.get("prefix")
+    print(f"{report['target']}, schedule {json.dumps(evidence['trial']['schedule'])}\n", flush=True)
     outcome = run_phase(
         f"{OVERLAPS}:replay", target, Known.from_json(report["known"]), evidence["kind"], evidence["trial"],
-        prefix and tuple(prefix), limit_s=REPLAY_S, is_forked=target.device == "cpu",
+        prefix and tuple(prefix), limit_s=REPLAY_S + report["took_s"], is_forked=target.device == "cpu",
     )  # fmt: skip
     if outcome.died:
         print(f"the process died in the overlap again: {outcome.error}")
@@ -171,13 +187,15 @@ def _replay(replay: str) -> int:
     if outcome.error:
         print(f"audit: {outcome.error}", file=sys.stderr)
         return 2
-    print(f"{report['target']}, schedule {json.dumps(evidence['trial'])}\n")
-    print("\n".join(reports.side_by_side(evidence, outcome.value)))
+    print(
+        "\n".join(reports.side_by_side(evidence, outcome.value, shutil.get_terminal_size((120, 0)).columns))
+    )
     return 0 if outcome.value is None else 1
 
 
 def _progress(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"  {line}\n")  # at once: phases run side by side
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

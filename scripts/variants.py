@@ -53,17 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         target = target_of(options)
         combinations = _combinations(options)
-    except ValueError as error:
+    except (ValueError, SyntaxError) as error:
         print(f"variants: {error}", file=sys.stderr)
         return 2
     if not options.json:
         print(f"{'variant':<24} {'faster':>7} {'one':>6} {'mean error':>11} {'worst':>9}  measure    outcome")
     accepted = 0
     for names in combinations:
-        outcome = verify(
-            target, names, options.max_error, _progress,
-            budget_s=options.budget_s, batch_size=options.batch_size,
-        )  # fmt: skip
+        try:
+            outcome = verify(
+                target, names, options.max_error, _progress,
+                budget_s=options.budget_s, batch_size=options.batch_size,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("variants: stopped", file=sys.stderr)
+            return 130
+        if outcome.get("plain_failed"):
+            print(f"variants: the model itself can't be run: {outcome['reason']}", file=sys.stderr)
+            return 2
         accepted += outcome["accepted"]
         print(json.dumps(outcome) if options.json else _row(outcome), flush=True)
     return 0 if accepted else 1
@@ -71,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _combinations(options: argparse.Namespace) -> list[tuple[str, ...]]:
     """What --optimise names, or each variant of the device. Raises ValueError."""
-    if options.optimise:
+    if options.optimise is not None:
         return [variants.check([name.strip() for name in options.optimise.split(",")])]
     kind = options.device.partition(":")[0]
     return [(name,) for name, variant in variants.VARIANTS.items() if kind in variant.devices]

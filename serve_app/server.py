@@ -173,13 +173,14 @@ def _await_ready(plan: Plan, client: Any, signals: Signals, began: float) -> Non
                 told = time.monotonic()
                 at = f"{time.monotonic() - began:5.1f} s"
                 say(f"  {app.name:<12} ready      {at}  {plan.url}{app.prefix}")
-                if app.is_ours and (safety := verdicts.verdict_line(plan.url + app.prefix)):
-                    say(f"      {safety}")
+                for line in verdicts.verdict_lines(plan.url + app.prefix) if app.is_ours else ():
+                    say(f"      {line}")
                 say(f"      {app.try_it}")
         if time.monotonic() - told > _QUIET_S:
             told = time.monotonic()
             for name in waiting:
-                say(f"  {name}: still waiting. {_why(statuses[name]) if name in statuses else ''}")
+                why = _why(statuses[name]).strip() if name in statuses else ""
+                say(f"  {name}: still waiting" + (f": {why}" if why else ""))
         if time.monotonic() - began > plan.start_timeout_s:
             raise StartFailed(f"not ready within {plan.start_timeout_s:.0f} s: {', '.join(waiting)}")
         time.sleep(_POLL_S)

@@ -37,16 +37,24 @@ def _device(entry: Mapping[str, Any]) -> str:
     return "cuda" if any(option.get("num_gpus") for option in options) else "cpu"
 
 
-def verdict_line(url: str) -> str:
-    """ "safe as tested; shared by 2 slots" from the application at `url`; "" where it doesn't say."""
+def verdict_lines(url: str) -> list[str]:
+    """Of the application at `url`: its verdict and how it is used, what evidence speaks against that, what
+    its variants gain; none where it doesn't say."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/stats", timeout=5) as answer:
             stats = json.load(answer)
     except (OSError, ValueError):
-        return ""
+        return []
     safety = stats.get("safety") or {}
-    if not safety.get("verdict"):
-        return ""
+    found = [_verdict(stats, safety)] if safety.get("verdict") else []
+    if safety.get("warning"):
+        found.append(f"WARNING: {safety['warning']}")
+    if safety.get("variants"):
+        found.append(f"optimised: {safety['variants']}")
+    return [line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…" for line in found]
+
+
+def _verdict(stats: Mapping[str, Any], safety: Mapping[str, Any]) -> str:
     slots = stats.get("slots", {}).get("total", 1)
     uses = {
         "shared": f"one instance, {slots} thread{'s' * (slots > 1)}",
@@ -54,8 +62,10 @@ def verdict_line(url: str) -> str:
         "processes": "one call at a time; more replicas for more",
         "exclusive": "one call at a time",
     }
+    if "max_batch_size" not in stats["limits"]:  # a continuous application
+        return f"{safety['verdict']}: all steps on one thread"
     batches = "" if stats["limits"].get("max_batch_size", 2) > 1 else ", items one by one"
     text = f"{safety['verdict']}: {uses.get(safety['mode'], safety['mode'])}{batches}"
     if safety["verdict"] not in ("safe as tested", "writes, no effect found"):
         text += f" ({safety['reason']})"
-    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
+    return text

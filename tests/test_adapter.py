@@ -5,7 +5,7 @@ import sys
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from deployments.core.errors import InternalError, InvalidItem, ModelBroken, Mod
 from deployments.runtime.adapter import Adapter, ModelClassError, is_out_of_memory, load_class
 from deployments.runtime.device import Stager, choose_device, is_device_lost
 from deployments.runtime.model_thread import ModelThread
+from deployments.runtime.tensors import map_tensors
 
 
 class Plain:
@@ -554,3 +555,14 @@ def test_a_device_side_assert_is_a_lost_device() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True", "False"]
+
+
+class Scored(NamedTuple):
+    label: torch.Tensor
+    score: torch.Tensor
+
+
+def test_named_tuple_keeps_its_names_on_its_way_from_the_device() -> None:
+    found = map_tensors(Scored(torch.ones(2), torch.zeros(2)), lambda tensor: tensor + 1)
+    assert isinstance(found, Scored)
+    assert found.score.tolist() == [1.0, 1.0]

@@ -64,6 +64,7 @@ def test_unpermuting_undoes_what_llama_cpp_does() -> None:
     assert np.array_equal(_unpermute(permuted, heads), rows)
 
 
+@pytest.mark.slow  # 40 s, of which transformers takes 38 to read the file
 def test_tokenizer_is_smollms(shipped: Path) -> None:
     """transformers builds one from the same file, but with GPT-2's pre-tokenizer: digits differ there."""
     from transformers import AutoTokenizer

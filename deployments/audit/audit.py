@@ -23,7 +23,8 @@ from deployments.audit.histories import (
     with_history,
     without_steadiness,
 )
-from deployments.audit.process import Outcome, cores, run_phase
+from deployments.audit.identity import slow_libraries
+from deployments.audit.process import Outcome, cores, run_phase, start_server
 from deployments.audit.target import Known, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 
@@ -72,6 +73,8 @@ class Audit:
         """The report, as JSON. Raises AuditFailed."""
         began = time.monotonic()
         stopped = threading.Event()
+        if self.target.device == "cpu":
+            start_server(slow_libraries(self.target))
         for core in cores():
             self._cores.put(core)
         try:
@@ -138,13 +141,14 @@ class Audit:
 
     def _others(self, stopped: threading.Event, alone: Mapping[str, Any]) -> dict[str, Any]:
         known = alone["known"]
+        warm: list[Property] = []  # what threads in one instance do, once it is found
         jobs: dict[str, Callable[[], Any]] = {
-            "one instance": partial(self._one_instance, stopped, alone),
-            "copies": partial(self._race, stopped, "copies", alone),
+            "one instance": partial(self._one_instance, stopped, alone, warm),
         }
         for n, begins in enumerate(ORDERS):
             jobs[f"orders {n}"] = partial(self._orders, stopped, known, begins)
         jobs["batches"] = partial(self._phase, stopped, "batches", known, self._share("batches"))
+        jobs["copies"] = lambda: self._race(stopped, "copies", alone, is_known=any(one.holds for one in warm))
         with ThreadPoolExecutor(min(4, len(cores()))) as pool:
             running = {name: pool.submit(job) for name, job in jobs.items()}
             try:
@@ -188,18 +192,25 @@ class Audit:
             is_forked=self.target.device == "cpu", core=core, stopped=stopped,
         )  # fmt: skip
 
-    def _one_instance(self, stopped: threading.Event, alone: Mapping[str, Any]) -> dict[str, Property]:
-        """Warm and cold; calls that race in a warmed-up instance race when they are its first, too."""
+    def _one_instance(
+        self, stopped: threading.Event, alone: Mapping[str, Any], told: list[Property]
+    ) -> dict[str, Property]:
+        """Warm (`told` as soon as it is found) and cold; calls that race in a warmed-up instance race when
+        they are its first, too."""
         warm = self._race(stopped, "threads", alone)
+        told.append(warm)
         if warm.holds is False:
             cold = Property(False, f"as in a warmed-up instance: {warm.reason}", warm.evidence)
         else:
             cold = self._race(stopped, "cold", alone)
         return {"thread_safe": warm, "cold_start_safe": cold}
 
-    def _race(self, stopped: threading.Event, kind: str, alone: Mapping[str, Any]) -> Property:
+    def _race(
+        self, stopped: threading.Event, kind: str, alone: Mapping[str, Any], *, is_known: bool = False
+    ) -> Property:
         """From what a search found: a proof, nothing in so many trials, or a death that is a proof itself."""
-        outcome = self._phase(stopped, "search", alone["known"], kind, self.seed, self._share(kind))
+        arguments = (alone["known"], kind, self.seed, self._share(kind), is_known)
+        outcome = self._phase(stopped, "search", *arguments)
         if outcome.died and isinstance(outcome.last, dict):
             finding = {"trial": outcome.last, "runs": MANY}
             return self._proof(
@@ -263,7 +274,7 @@ def names_of(known: Known) -> list[list[str]]:
 
 def name_of(thread: int) -> str:
     """Threads as people call them: A, B, ..."""
-    return "ABCDEFGH"[thread % 8]
+    return "ABCDEFGHI"[thread % 9]
 
 
 def _copies(copies: Property, threads: Property) -> Property:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deployments.audit.findings import Property
-from deployments.audit.forks import Isolate, here
+from deployments.audit.forks import CantCross, Isolate, here
 from deployments.audit.instruments import watch_operators
 from deployments.audit.randomness import seed_all
 from deployments.audit.sameness import distance, same, snapshot
@@ -37,7 +37,8 @@ Pair = tuple[str, Batch, Batch]
 class Crowds:
     """Items in different company. A random model is seeded before each call, and an item keeps its place in
     batches of one size: it draws the same numbers then, and company alone differs. isolate: every call is
-    made in it; in forks a model that keeps something is not taken for one whose batch-mates matter.
+    made in it; in forks a model that keeps something is not taken for one whose batch-mates matter. Raises
+    CantCross where it does.
     """
 
     def __init__(
@@ -171,6 +172,8 @@ class Crowds:
         try:
             first = self._answer(one, 0)
             second = self._answer(other, other.index(item))
+        except CantCross:  # it tells of nothing but the answer's class
+            raise
         except Exception as error:  # a batch that fails tells of the batch, not of the item
             if len(other) == 1:
                 return None

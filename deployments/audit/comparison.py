@@ -19,7 +19,8 @@ import torch
 
 from deployments.audit.subject import Subject, load
 from deployments.audit.target import Batch, Input, Target
-from deployments.runtime.device import usable_cpus
+from deployments.audit.variant import PLAIN
+from deployments.core.machine import usable_cpus
 
 RANDOM = 8
 """Changed forms of each example: its shape with other values."""
@@ -37,7 +38,7 @@ def compare(say: Say, target: Target, names: tuple[str, ...], seconds: float, si
     size: of the large batch. Raises what either raises at load, or the variant on a call that eager takes.
     """
     torch.set_num_threads(usable_cpus())
-    say("the model as it is")
+    say(PLAIN)
     eager = load(replace(target, optimise=()))
     say(f"optimised: {', '.join(names)}")
     other = load(replace(target, optimise=names))

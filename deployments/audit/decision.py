@@ -43,10 +43,9 @@ def decide(asked: Asked, report: Report | None) -> Decision:
     """
     if report is None or "failed" in report:
         return _without_evidence(asked, report)
-    warnings: list[str] = []
     mode = report["mode"] if asked.safety == "auto" else asked.safety
-    if asked.safety != "auto":
-        warnings += _overridden(asked.safety, report)
+    overridden = [] if asked.safety == "auto" else _overridden(asked.safety, report)
+    warnings = [*overridden]
     slots = asked.slots
     if mode in ("processes", "exclusive") and slots > 1:
         slots = 1
@@ -65,6 +64,7 @@ def decide(asked: Asked, report: Report | None) -> Decision:
         in_order=mode == "exclusive",
         verdict=report["verdict"],
         reason=_reason(report, mode),
+        warning="".join(overridden),
     )
     return Decision(sharing, warnings)
 

@@ -54,15 +54,16 @@ def check_variants(target: Target, weights: str, max_error: float | None) -> dic
                 raise VariantRefused(f"optimise: {names} could not be verified: {found['failed']}")
             _keep(found)
     if not found["accepted"]:
-        raise VariantRefused(f"optimise: {names}: {found['reason']}")
+        raise VariantRefused(f"optimise: {found['reason']}")
     logger.info("event=variant_accepted model=%s %s", target.model, found["reason"])
     return found
 
 
 def stored_verdict(target: Target, weights: str) -> dict[str, Any] | None:
-    """The report that holds for this model; None where there is none."""
+    """The report that holds for this model, else one of its code with other weights; None without either."""
     try:
-        return store.find(code_key(target), weights)
+        key = code_key(target)
+        return store.find(key, weights) or store.find(key)
     except (OSError, ValueError, SyntaxError):  # a model without source: nothing can be said of it for later
         return None
 

@@ -20,6 +20,10 @@ class Failed(Exception):
     """What the work raised, as text."""
 
 
+class CantCross(Failed):
+    """What the work returned can't be brought back: it can't be pickled."""
+
+
 Isolate = Callable[[Callable[[], Any]], Any]
 """Runs what it is given, where nothing that it changes stays (or, where that can't be, here)."""
 
@@ -38,7 +42,8 @@ def threads_now() -> int:
 
 
 def in_fork(work: Callable[[], T]) -> T:
-    """What the work returns, by pickle. Raises Failed; where the fork dies, this process dies as it did."""
+    """What the work returns, by pickle. Raises Failed, or CantCross; where the fork dies, this process dies
+    as it did."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see above
@@ -52,21 +57,30 @@ def in_fork(work: Callable[[], T]) -> T:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if not told:
         _die(code)
-    is_value, value = pickle.loads(told)
-    if not is_value:
-        raise Failed(value)
+    error, value = pickle.loads(told)
+    if error is not None:
+        raise error(value)
     found: T = value
     return found
 
 
 def _report(work: Callable[[], Any], writer: int) -> None:
     try:
-        told = pickle.dumps((True, work()))
+        value = work()
     except BaseException as error:
-        told = pickle.dumps((False, f"{type(error).__name__}: {error}"[:1000]))
+        told = pickle.dumps((Failed, _text_of(error)))
+    else:
+        try:
+            told = pickle.dumps((None, value))
+        except Exception as error:
+            told = pickle.dumps((CantCross, _text_of(error)))
     with os.fdopen(writer, "wb") as stream:
         stream.write(told)
     os._exit(0)
+
+
+def _text_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:1000]
 
 
 def _die(code: int) -> None:

@@ -3,7 +3,7 @@
 Owns: that key, from source files, without importing or loading the model. Must not know: torch, verdicts.
 Comments and docstrings may change without a new audit, code may not; what is imported by a name made at run
 time is not seen, nor are files that `load` reads. Weights are told apart after loading
-(runtime/copies.digest_of), since a class may read them from anywhere.
+(runtime/digest.digest_of), since a class may read them from anywhere.
 """
 
 import ast
@@ -20,9 +20,11 @@ from pathlib import Path
 
 from deployments.audit.target import Target
 
-FORMAT = 3
+FORMAT = 4
 """Grows when the audit itself decides otherwise than before: stored verdicts are made anew then."""
 OUR_OWN = "deployments"
+SLOW_LIBRARIES = {"transformers": "transformers.modeling_utils"}
+"""What a source names: the part of it that takes the time, 3 s."""
 _LIBRARIES = tuple(
     str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
@@ -60,6 +62,16 @@ def source_of(target: Target) -> Path | None:
     if where.endswith(".py"):
         return Path(target.folder, where)
     return _file_of(where, Path(target.folder))
+
+
+def slow_libraries(target: Target) -> list[str]:
+    """Modules that each of an audit's processes would import again, for seconds: to be imported once."""
+    path = source_of(target)
+    try:
+        text = "" if path is None else path.read_text()
+    except (OSError, UnicodeError):
+        return []
+    return [module for name, module in SLOW_LIBRARIES.items() if name in text]
 
 
 def _reachable(first: Path, folder: Path) -> tuple[list[str], set[str]]:

@@ -3,8 +3,10 @@
 Owns: that each phase makes and calls it alike. Must not know: what phases ask.
 """
 
+import ctypes
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from deployments.runtime.model_class import ModelClassError
 
 SLOW_S = 0.08
 """Of a call: it is warmed up once only, and what takes hundreds of calls to show is not looked for."""
+
+_M_PERTURB = -6
+"""Of mallopt(3)."""
 
 
 class Call:
@@ -51,6 +56,14 @@ def begin() -> None:
     """One thread, nothing left to be imported in a trial."""
     torch.set_num_threads(1)
     prepare()
+
+
+def fill_new_memory() -> None:
+    """What is allocated from now on is filled with a pattern. A scratch buffer of `torch.empty` holds other
+    numbers than elsewhere then, and what is made at each load anew is told from weights. glibc alone.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_PERTURB, 0x5A)
 
 
 def warm_up(subject: Subject, calls: Sequence[Batch]) -> None:

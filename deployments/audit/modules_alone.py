@@ -6,7 +6,7 @@ keyword arguments, or a tuple of tensors.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -55,7 +55,10 @@ class ModuleModel:
         for place in (self.net, *type(self).places):
             found = getattr(place, "examples", None)
             if found is not None:
-                return list(found() if callable(found) else found)
+                given = found() if callable(found) else found
+                if not isinstance(given, Iterable):
+                    raise ModelClassError(f"examples gave {type(given).__name__}, not a list of inputs")
+                return list(given)
         raise ModelClassError(
             f"{type(self).__name__} has no examples: add a function `examples()` to its file that gives "
             "two or three inputs without a batch dimension"

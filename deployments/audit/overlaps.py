@@ -22,19 +22,20 @@ LATEST = 4.0
 SLOW_SHARE = 0.5
 """Of its share, for a slow model: all else takes longer, too."""
 FEW_COPIES = 3
-"""The least number for copies of a model that keeps nothing: what is said of threads in one instance holds
-for them, too."""
+"""The least number for copies of a model whose threads are safe."""
 
 
-def search(say: Say, target: Target, known: Known, kind: str, seed: int, seconds: float) -> dict[str, Any]:
+def search(
+    say: Say, target: Target, known: Known, kind: str, seed: int, seconds: float, is_known: bool
+) -> dict[str, Any]:
     """Of `kind` threads (two calls and more in one warmed-up instance), copies (across two instances, as a
     pool makes them) or cold (the first calls of an instance): {"found": what a trial found, as JSON, or None;
-    "across": a call that the second copy answers otherwise than the first did, or None}.
+    "across": a call that the second copy answers otherwise than the first did, or None}. is_known: threads in
+    one instance were seen to be safe, and copies share less: a few trials are enough.
     """
     across: list[int] = []
     races = races_of(target, known, kind, on_across=across.append)
-    share_suffices = kind == "copies" and known.repeats
-    enough = FEW_COPIES if share_suffices else known.least_trials
+    enough = FEW_COPIES if is_known else known.least_trials
     full_s = seconds * SLOW_SHARE if known.is_slow else seconds
     began = time.monotonic()
 
@@ -56,7 +57,7 @@ def replay(
     search, all of whose trials are made again, where what they left behind is part of the race."""
     races = races_of(target, known, kind)
     if prefix is None:
-        found = races.run(Trial.from_json(trial))
+        found = races.run(Trial.from_json(trial), looks_later=True)
     else:
         seed, runs = prefix
         found = races.search(seed=seed, has_time=lambda: races.runs < runs)

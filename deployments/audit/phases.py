@@ -15,13 +15,14 @@ import torch
 from deployments.audit import costs, modes, randomness
 from deployments.audit.batches import Crowds
 from deployments.audit.findings import Property
-from deployments.audit.forks import here, in_fork, threads_now
+from deployments.audit.forks import CantCross, Isolate, here, in_fork, threads_now
 from deployments.audit.instances import (
     Call,
     asked,
     asked_in_order,
     begin_for,
     can_fork,
+    fill_new_memory,
     is_slow,
     known_of,
     load_alike,
@@ -30,8 +31,8 @@ from deployments.audit.instances import (
 from deployments.audit.subject import Subject, calls_of, load
 from deployments.audit.target import Batch, Input, Known, Target
 from deployments.audit.writes import Write, writes_of
+from deployments.core.machine import usable_cpus
 from deployments.runtime.copies import Weights
-from deployments.runtime.device import usable_cpus
 from deployments.runtime.digest import digest_of
 from deployments.runtime.memory import resident_bytes
 
@@ -66,8 +67,9 @@ def alone(say: Say, target: Target) -> dict[str, Any]:
 
 def writes(say: Say, target: Target) -> dict[str, Any]:
     """What the calls write, and what the first one of all wrote besides; the weights of an instance that is
-    made from another seed than all others."""
+    made from another seed than all others, in memory that holds something else."""
     begin_for(target)
+    fill_new_memory()
     randomness.seed_all(1)
     subject = load(target)
     weights = digest_of(subject.instance)
@@ -119,6 +121,15 @@ def batches(say: Say, target: Target, known: Known, seconds: float) -> dict[str,
     threads_before = threads_now()
     subject = load_alike(target)
     isolate = in_fork if can_fork(target, threads_before) else here
+    try:
+        return _batches(say, subject, known, seconds, isolate)
+    except CantCross:
+        return _batches(say, subject, known, seconds, here)
+
+
+def _batches(
+    say: Say, subject: Subject, known: Known, seconds: float, isolate: Isolate
+) -> dict[str, Property]:
     if isolate is here and not known.repeats:
         unknown = Property(None, "can't be told apart: answers depend on earlier calls anyway")
         return {"batch_invariant": unknown, "padding_invariant": unknown}

@@ -13,21 +13,27 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+from deployments.core.errors import ModelFailed
+
 _SPAWN = multiprocessing.get_context("spawn")
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["deployments.audit.nursery"])
+_NURSERY = "deployments.audit.nursery"
+_FORKSERVER.set_forkserver_preload([_NURSERY])
 POLL_S = 0.2
 """How soon a phase hears that the audit is stopped."""
 
 
-def start_server() -> None:
-    """What phases are forked from; it imports torch while the caller goes on."""
+def start_server(libraries: Sequence[str] = ()) -> None:
+    """What phases are forked from: it imports torch, and these, while the caller goes on. Once a process;
+    what is asked for later is ignored.
+    """
+    _FORKSERVER.set_forkserver_preload([_NURSERY, *libraries])
     forkserver.ensure_running()
 
 
@@ -132,7 +138,10 @@ def _end_with_parent() -> None:
 
 
 def _told(error: BaseException) -> str:
-    """Its type and text, and the last place outside of libraries."""
+    """Its type and text, and the last place outside of libraries; of what the model raised, not of our name
+    for that."""
+    if isinstance(error, ModelFailed) and error.__cause__ is not None:
+        error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         frame

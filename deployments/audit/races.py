@@ -17,7 +17,7 @@ from typing import Any
 from deployments.audit.forks import Isolate, here
 from deployments.audit.instruments import Instruments, instrumented
 from deployments.audit.randomness import seed_all
-from deployments.audit.sameness import same, snapshot
+from deployments.audit.sameness import first_difference, same, snapshot
 from deployments.audit.schedules import Inside, Lockstep, Meet, Overlap
 from deployments.audit.trials import Finding, Trial
 from deployments.audit.turns import Ended, Stuck, Turns
@@ -111,6 +111,8 @@ class Races:
         last = len(self._calls) - 1  # the largest batch, against one item
         for stride in STRIDES[: len(STRIDES) // fewer] if last else ():
             yield Trial((last, 0), Instruments.BOTH, Lockstep(stride))
+        if self._can_storm and not self._is_afresh:
+            yield from self._storm(Instruments.BOTH, INSIDES // fewer)
         for meet in self._meetings((last, 0), Instruments.BOTH, MEETINGS // fewer):
             yield Trial((last, 0), Instruments.BOTH, meet)
         for strides in (STRIDES[:2], STRIDES[2:]):
@@ -118,8 +120,9 @@ class Races:
                 for pair in pairs:
                     for instruments in KINDS:
                         yield Trial(pair, instruments, Lockstep(stride))
-            if strides == STRIDES[:2] and not self._one_each:
-                yield from self._storm()
+            if strides == STRIDES[:2] and self._can_storm:
+                for instruments in KINDS[0 if self._is_afresh else 1 :]:
+                    yield from self._storm(instruments, INSIDES)
         for number in range(OVERLAPS):
             for instruments in KINDS:
                 share = (0.05, 0.2, 0.5)[number % 3]
@@ -140,23 +143,27 @@ class Races:
                 for point in self._places(pair[0], opcodes, SIMPLEST):
                     yield Trial(pair, opcodes, Inside((point,)))
 
-    def _storm(self) -> Iterator[Trial]:
+    @property
+    def _can_storm(self) -> bool:
+        return not self._one_each
+
+    def _storm(self, instruments: Instruments, most: int) -> Iterator[Trial]:
         # The first call differs from all the others: whichever takes its room shows.
         others = max(1, len(self._calls) - 1)
         order = (0, *(min(len(self._calls) - 1, 1 + number % others) for number in range(STORM - 1)))
-        for instruments in KINDS:
-            for point in self._places(0, instruments, INSIDES):
-                yield Trial(order, instruments, Inside((point,) * (STORM - 1)))
+        for point in self._places(0, instruments, most):
+            yield Trial(order, instruments, Inside((point,) * (STORM - 1)))
 
-    def run(self, trial: Trial) -> Finding | None:
-        """What of the trial differs from the calls alone; raises what a call alone raises."""
+    def run(self, trial: Trial, *, looks_later: bool = False) -> Finding | None:
+        """What of the trial differs from the calls alone; raises what a call alone raises. looks_later: each
+        call is made once more, of a slow model too."""
         self.on_trial(trial)
         expected = [self._reference(number, trial.instruments)[0] for number in trial.calls]
         self.runs += 1
-        found: Finding | None = self._isolate(lambda: self._run(trial, expected))
+        found: Finding | None = self._isolate(lambda: self._run(trial, expected, looks_later))
         return found
 
-    def _run(self, trial: Trial, expected: Sequence[Any]) -> Finding | None:
+    def _run(self, trial: Trial, expected: Sequence[Any], looks_later: bool) -> Finding | None:
         calls = self._calls if self._make is None else self._make()
         turns = Turns(trial.schedule)
         try:
@@ -168,11 +175,12 @@ class Races:
         firsts = [snapshot(end.value) for end in ended]
         for thread, number in enumerate(trial.calls):
             how = _difference(ended[thread], firsts[thread], expected[thread])
-            is_later = not self._is_slow or (self.runs + thread) % LATER == 0
+            is_later = looks_later or not self._is_slow or (self.runs + thread) % LATER == 0
             if not how and not self._is_afresh and is_later:
                 how = self._difference_later(number, ended[thread].value, firsts[thread])
             if how:
-                return Finding(trial, thread, how, turns.points)
+                values = first_difference(expected[thread], firsts[thread])
+                return Finding(trial, thread, how, turns.points, values)
         return None
 
     def _difference_later(self, number: int, answer: Any, first: Any) -> str:

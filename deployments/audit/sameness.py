@@ -20,6 +20,8 @@ def snapshot(value: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Equal in structure, type, shape, dtype and every bit."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):  # a snapshot of any mapping is a dict
+        return set(one) == set(other) and all(same(one[key], other[key]) for key in one)
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -28,8 +30,6 @@ def same(one: Any, other: Any) -> bool:
         return (
             bool(one.dtype == other.dtype and one.shape == other.shape) and one.tobytes() == other.tobytes()
         )
-    if isinstance(one, Mapping):
-        return set(one) == set(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float):
@@ -84,6 +84,26 @@ def distance(one: Any, other: Any) -> float:
     if len(parts) != len(others):
         return math.inf
     return max((_apart(a, b) for a, b in zip(parts, others, strict=True)), default=0.0)
+
+
+def first_difference(one: Any, other: Any) -> tuple[str, str]:
+    """The first parts of two answers that differ, as text: four numbers of a tensor from there on."""
+    for a, b in zip(_leaves(one), _leaves(other), strict=False):
+        if not same(a, b):
+            return _shown(a, b)
+    return ("", "")
+
+
+def _shown(one: Any, other: Any) -> tuple[str, str]:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        one, other = (value.detach().cpu().float().numpy() for value in (one, other))
+    if not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.shape == other.shape):
+        return (f"{one!r:.80}", f"{other!r:.80}")
+    first, second = one.reshape(-1), other.reshape(-1)
+    begin = int(np.argmax(first != second))
+    where = f"from number {begin + 1} on: " if begin else ""
+    texts = [", ".join(f"{value:.4g}" for value in part[begin : begin + 4]) for part in (first, second)]
+    return (f"{where}{texts[0]}", f"{where}{texts[1]}")
 
 
 def _apart(one: Any, other: Any) -> float:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deployments.audit.verdict import UNDECIDED
+
 KEPT = 200
 """Reports; the oldest go first."""
 SHIPPED = Path(__file__).with_name("shipped")
@@ -23,10 +25,13 @@ def folder() -> Path:
 
 
 def save(report: Mapping[str, Any], place: Path | None = None) -> Path:
-    """Keep it, in the place of an earlier one of the same key; its file."""
+    """Keep it, in the place of an earlier one of the same key; its file. One that decided nothing takes no
+    other's place: it is kept beside it, for its replays."""
     place = place or folder()
     place.mkdir(parents=True, exist_ok=True)
     file = place / f"{report['key']}.json"
+    if report.get("verdict") == UNDECIDED and (_read(file) or {}).get("verdict", UNDECIDED) != UNDECIDED:
+        file = file.with_suffix(".undecided.json")
     temporary = file.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(report, indent=1, default=str))
     temporary.replace(file)
@@ -39,8 +44,8 @@ def save(report: Mapping[str, Any], place: Path | None = None) -> Path:
 def find(key: str, weights: str | None = None) -> dict[str, Any] | None:
     """The report of a model with this code_key; None where none holds.
 
-    weights: of the loaded model (copies.digest_of). A report whose `weights` is null holds for all: they are
-    made anew at each load, at random. None here: whatever the weights.
+    weights: of the loaded model (runtime/digest.digest_of). A report whose `weights` is null holds for all:
+    they are made anew at each load, at random. None here: whatever the weights.
     """
     for place in (folder(), SHIPPED):
         found = _read(place / f"{key}.json")
@@ -49,9 +54,9 @@ def find(key: str, weights: str | None = None) -> dict[str, Any] | None:
     return None
 
 
-def find_race(replay: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(report, evidence) of the race with this id; None where no kept report has it."""
-    for report in _reports():
+def find_race(replay: str, place: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """(report, evidence) of the race with this id; None where no kept report has it, nor one in `place`."""
+    for report in _reports(place):
         for found in report.get("properties", {}).values():
             for one in found["evidence"]:
                 if one.get("replay") == replay:
@@ -69,9 +74,9 @@ def making() -> Iterator[None]:
         yield
 
 
-def _reports() -> Iterator[dict[str, Any]]:
-    places = [*folder().glob("*.json"), *SHIPPED.glob("*.json")]
-    for file in sorted(places, key=lambda one: -one.stat().st_mtime):
+def _reports(place: Path | None) -> Iterator[dict[str, Any]]:
+    files = [file for one in (folder(), SHIPPED, place) if one for file in one.glob("*.json")]
+    for file in sorted(files, key=lambda one: -one.stat().st_mtime):
         found = _read(file)
         if found is not None:
             yield found

@@ -67,10 +67,10 @@ class Known:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "Known":
         calls = tuple(tuple(Input(*item) for item in batch) for batch in value["calls"])
-        return Known(calls, value["is_random"], value["repeats"], value["is_slow"])
+        return Known(calls, value["is_random"], value["repeats"], value.get("is_slow", False))
 
 
 LEAST_TRIALS = 30
-"""One call inside another at 16 places, lockstep, meetings."""
+"""One call inside another at 16 places, lockstep of 5 strides, nine calls in flight at 8 places."""
 LEAST_OF_SLOW = 10
-"""The same at a quarter of the places."""
+"""The same at a quarter of the places, and three meetings."""

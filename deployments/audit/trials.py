@@ -12,6 +12,8 @@ from deployments.audit.instruments import Instruments
 from deployments.audit.schedules import Schedule
 from deployments.audit.turns import Point
 
+MAX_LINES = 8
+"""Of a stretch."""
 MAX_STEPS = 200
 """Of an interleaving, told in a report."""
 
@@ -42,12 +44,14 @@ class Finding:
     """A trial that gave something else than the calls alone.
 
     thread: the first whose answer differs. how: a sentence's end. points: the interleaving, for showing it.
+    values: where the answers differ first, alone and here; empty where that is not what differs.
     """
 
     trial: Trial
     thread: int
     how: str
     points: list[Point]
+    values: tuple[str, str] = ("", "")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -55,16 +59,22 @@ class Finding:
             "thread": self.thread,
             "how": self.how,
             "steps": stretches(self.points)[:MAX_STEPS],
+            "values": list(self.values),
         }
 
 
 def stretches(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The interleaving with stretches of one thread folded: where each begins and ends, and its points."""
+    """The interleaving with stretches of one thread folded: where each begins and ends, its points, and the
+    last of them that are lines of the model's own code."""
     found: list[dict[str, Any]] = []
     for point in points:
         if found and found[-1]["thread"] == point.thread:
             found[-1]["to"] = point.what
             found[-1]["points"] += 1
         else:
-            found.append({"thread": point.thread, "from": point.what, "to": point.what, "points": 1})
+            found.append(
+                {"thread": point.thread, "from": point.what, "to": point.what, "points": 1, "lines": []}
+            )
+        if "/" in point.what:
+            found[-1]["lines"] = [*found[-1]["lines"][1 - MAX_LINES :], point.what]
     return found

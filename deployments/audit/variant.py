@@ -13,6 +13,8 @@ from deployments.audit.process import run_phase
 from deployments.audit.target import Target
 from deployments.core import variants
 
+PLAIN = "the model as it is"
+"""What comparison.py says before it loads that."""
 LEAST_SPEEDUP = 1.03
 """Of a batch; less is within what two runs of the same model differ by."""
 WORST = 10.0
@@ -34,9 +36,12 @@ def verify(
 ) -> dict[str, Any]:
     """Compare `target` with and without the variants, on this machine; about `budget_s` and two loads.
 
-    JSON: accepted, reason, and what was measured: measure, mean_error, worst_error, max_error, speedup (of a
-    batch), speedup_of_one, audit ({"batch_invariant": {"holds", "reason", ...}, ...}). max_error: of the
-    mean, on the measure's scale; None: the variants' own. Raises ValueError where the names are wrong.
+    JSON: accepted, reason, failed (why it could not be compared) and plain_failed (the model itself doesn't
+    load), both absent otherwise, and what was measured: measure, mean_error, worst_error, max_error, speedup
+    (of a batch), speedup_of_one, audit ({"batch_invariant": {"holds", "reason", ...}, ...}).
+
+    max_error: of the mean, on the measure's scale; None: the variants' own. Raises ValueError where the names
+    are wrong.
     """
     began = time.monotonic()
     ordered = variants.check(names)
@@ -50,8 +55,13 @@ def verify(
         on_said=lambda said: progress(f"  {said}"),
     )  # fmt: skip
     known |= {"measure": None, "mean_error": None, "worst_error": None, "speedup": None, "audit": None}
-    if outcome.error:
-        return known | {"accepted": False, "reason": outcome.error}
+    if outcome.error:  # perhaps not for good: "failed" is asked again at the next start
+        return known | {
+            "accepted": False,
+            "reason": outcome.error,
+            "failed": outcome.error,
+            "plain_failed": outcome.last == PLAIN,
+        }
     known |= outcome.value
     allowed = variants.allowed_error(ordered, known["measure"]) if max_error is None else max_error
     reason = refusal_of(known, allowed)

@@ -9,22 +9,25 @@ from typing import Any
 
 from deployments.audit.findings import Property
 
-UNSAFE, WRITES, SAFE = "unsafe", "writes, no effect found", "safe as tested"
+UNSAFE, WRITES, SAFE, UNDECIDED = "unsafe", "writes, no effect found", "safe as tested", "undecided"
 
 
 def verdict_of(properties: Mapping[str, Property], writes: list[dict[str, Any]]) -> str:
-    """Of threads in one instance, in one of three words; "undecided" where that is None."""
-    holds = properties["thread_safe"].holds
-    if holds is None:
-        return "undecided"
-    return UNSAFE if not holds else WRITES if writes else SAFE
+    """Of threads in one instance, in one of three words; UNDECIDED where that is None."""
+    warm, cold = (properties[name].holds for name in ("thread_safe", "cold_start_safe"))
+    if warm is False or cold is False:
+        return UNSAFE
+    if warm is None:
+        return UNDECIDED
+    return WRITES if writes else SAFE
 
 
 def mode_of(properties: Mapping[str, Property]) -> str:
-    """shared, pool, processes or exclusive. What could not be decided counts as no."""
+    """shared, pool, processes or exclusive. What could not be decided counts as no, but for first calls: they
+    are made on one thread. Where they are known to race that doesn't help: an item of a new length is one."""
     if properties["order_independent"].holds is False:
         return "exclusive"
-    if properties["thread_safe"].holds:  # first calls are made on one thread, so a cold start does no harm
+    if properties["thread_safe"].holds and properties["cold_start_safe"].holds is not False:
         return "shared"
     return "pool" if properties["copy_safe"].holds else "processes"
 

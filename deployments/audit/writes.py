@@ -124,7 +124,7 @@ def _cache_of(value: Any) -> Any:
 
 def _mark(value: Any, depth: int = 2) -> Any:
     if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
-        return value
+        return value if value == value else "NaN"  # which differs from itself
     if isinstance(value, torch.Tensor):
         return (id(value), _version(value))
     cache = _cache_of(value)

@@ -54,7 +54,7 @@ def check(names: Sequence[str]) -> tuple[str, ...]:
     """The names in the order they are applied. Raises ValueError that names `optimise` and the right one."""
     taken: dict[str, str] = {}
     for name in names:
-        if name not in VARIANTS:
+        if not isinstance(name, str) or name not in VARIANTS:
             close = difflib.get_close_matches(str(name), VARIANTS, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it may be {', '.join(VARIANTS)}"
             raise ValueError(f"optimise: there is no variant {name!r}; {hint}")

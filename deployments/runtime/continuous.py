@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 from deployments.core.contract import Answer, Generation, Limits, ModelCard, Outcome, RequestOptions
 from deployments.core.errors import Draining, InternalError, Overloaded, RequestTooLarge, ServingError
 from deployments.core.generation import GenerationRequest
+from deployments.core.machine import usable_cpus
 from deployments.engine.engine import Engine
 from deployments.engine.figures import EngineFigures, EngineSink, NoEngineSink
 from deployments.engine.sequence import Sequence as EngineSequence
 from deployments.engine.stream import EngineLoop, Stream
-from deployments.runtime.device import set_threads, usable_cpus
+from deployments.runtime.device import set_threads
 from deployments.runtime.fronts import Front, Place
 from deployments.runtime.model_thread import ModelThread
 from deployments.runtime.slots import Sharing

@@ -5,26 +5,19 @@ Must not know: models, batches' meaning, Ray (it hides the GPUs that aren't ours
 Source: pytorch.org/docs/stable/notes/cuda.html, "Use pinned memory buffers".
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from deployments.core.machine import usable_cpus
 from deployments.runtime.tensors import map_tensors
 
 
 def choose_device(num_gpus: float) -> str:
     """ "cuda" where the replica was given a GPU (a fraction counts) and one is there, else "cpu"."""
     return "cuda" if num_gpus > 0 and torch.cuda.is_available() else "cpu"
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on; at least 1."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def set_threads(count: int | None = None) -> int:

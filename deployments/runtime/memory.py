@@ -7,12 +7,13 @@ Source: pytorch.org/docs/stable/notes/cuda.html, "Memory management"; proc(5), c
 
 import ctypes
 import logging
-import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from deployments.core import machine
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class BudgetError(ValueError):
 class Budget:
     """`memory` of one replica, in bytes of its device.
 
-    memory: bytes above 1, or a share of the replica's part of the device: of a GPU `gpu_share` of its memory;
-    of a CPU all that the machine, or the container, has.
+    memory: bytes above 1, of which there are no more than the device has, or a share of the replica's part of
+    the device: of a GPU `gpu_share` of its memory; of a CPU all that the machine, or the container, has.
     """
 
     def __init__(self, device: str, memory: float, gpu_share: float = 1.0) -> None:
@@ -50,7 +51,8 @@ class Budget:
     def set(self, memory: float) -> None:
         """Another budget from now on."""
         if not self.is_gpu:
-            self.bytes = int(memory if memory > 1 else memory * total_cpu_bytes())
+            total = machine.total_bytes()
+            self.bytes = int(min(memory, total) if memory > 1 else memory * total)
             reset_peak()
             return
         total = torch.cuda.get_device_properties(self._device).total_memory
@@ -144,27 +146,4 @@ def kv_bytes(device: str, *, gpu_share: float = 1.0, memory: float = 1.0) -> int
     if budget.is_gpu:
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return int(GPU_SHARE * max(0.0, min(float(free), budget.bytes - budget.used())))
-    return int(min(CPU_SHARE * _free_cpu_bytes(), max(0, budget.bytes - resident_bytes())))
-
-
-def total_cpu_bytes() -> int:
-    """What the machine has, or the container may use."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
-
-
-def _free_cpu_bytes() -> int:
-    """What Linux says is available, within the limit of a container; elsewhere what is free."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = 1024 * int(line.split()[1])
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
-    return max(0, available)
+    return int(min(CPU_SHARE * machine.free_bytes(), max(0, budget.bytes - resident_bytes())))

@@ -17,10 +17,10 @@ from deployments.core.batcher import Batcher
 from deployments.core.contract import Answer, Limits, ModelCard, Outcome, RequestOptions
 from deployments.core.errors import DeadlinePassed, InternalError, ServingError
 from deployments.core.figures import Figures, Held, MetricsSink, NullSink
+from deployments.core.machine import usable_cpus
 from deployments.core.scheduler import Scheduler
 from deployments.core.submission import Example, Submission
 from deployments.runtime.adapter import Adapter
-from deployments.runtime.device import usable_cpus
 from deployments.runtime.executor import Hop, ModelExecutor, direct_hop
 from deployments.runtime.memory import Budget, release_memory
 from deployments.runtime.slots import MakeModel, Sharing

@@ -34,7 +34,8 @@ class Sharing:
     mode: `shared` (one instance for all slots), `pool` (an instance a slot), `processes` or `exclusive` (one
     slot). max_batch_size: what the evidence allows in a batch, None: as configured.
     is_whole: a request's way through preprocess, forward and postprocess is one call of one instance, so that
-    nothing a model notes on itself meets another item's. in_order: nobody is overtaken.
+    nothing a model notes on itself meets another item's. in_order: nobody is overtaken. warning: that the
+    evidence is against the mode. variants: what was measured of the optimised model before it serves.
     """
 
     mode: str = "exclusive"
@@ -44,6 +45,8 @@ class Sharing:
     in_order: bool = False
     verdict: str = ""
     reason: str = ""
+    warning: str = ""
+    variants: str = ""
 
     @property
     def is_shared(self) -> bool:
@@ -51,7 +54,9 @@ class Sharing:
 
     def stats(self) -> dict[str, str]:
         """What /stats says of it."""
-        return {"mode": self.mode, "verdict": self.verdict, "reason": self.reason}
+        said = {"mode": self.mode, "verdict": self.verdict, "reason": self.reason}
+        more = {"warning": self.warning, "variants": self.variants}
+        return said | {name: text for name, text in more.items() if text}
 
 
 class Slot:

@@ -96,7 +96,8 @@ def map_tensors(value: Any, change: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: map_tensors(part, change) for name, part in value.items()}
     if isinstance(value, tuple):
-        return tuple(map_tensors(part, change) for part in value)
+        parts = [map_tensors(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
         return [map_tensors(part, change) for part in value]
     return value

@@ -4,12 +4,12 @@ Owns: that translation, and what any kind of model class declares of itself (exa
 know: batches, steps, threads, Ray, HTTP.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from deployments.core.contract import ModelCard, TensorSpec
 from deployments.core.errors import InvalidItem, ModelFailed, ServingError
-from deployments.runtime.model_class import as_json
+from deployments.runtime.model_class import ModelClassError, as_json
 
 
 def call(what: str, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -39,8 +39,11 @@ def read(what: str, method: Callable[..., Any], *arguments: Any) -> Any:
 def examples_of(model: Any) -> list[Any]:
     """Its examples() as JSON values; empty without the method. ModelClassError where they are none."""
     method = getattr(model, "examples", None)
-    found = [] if method is None else list(method())
     where = f"{type(model).__name__}.examples()"
+    given = [] if method is None else method()
+    if not isinstance(given, Iterable):
+        raise ModelClassError(f"{where} gave {type(given).__name__}, not a list of items")
+    found = list(given)
     return [as_json(item, f"{where}[{index}]") for index, item in enumerate(found)]
 
 

@@ -5,7 +5,6 @@ torch, measuring, how the file is written.
 """
 
 import difflib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from deployments.audit import store
 from deployments.audit.identity import code_key
 from deployments.audit.target import Target
+from deployments.core.machine import usable_cpus
 from scripts.tune.points import CouldNotRun, Job, Point, Shape
 from serve_app.config import ContinuousArgs, DynamicArgs
 from serve_app.config_file import MODEL_DEPLOYMENT, ConfigError, check_file
@@ -82,11 +82,6 @@ class Application:
             most = min(most, self.job.limits.max_streams)
         doublings = {2**power for power in range(11) if 2**power <= most}
         return sorted(doublings | {self.start.batch})
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_application(name: str, config: Path, inputs: Path | None = None) -> Application:
@@ -194,7 +189,7 @@ def _application(
         inputs=None if inputs is None else str(inputs.resolve()),
     )
     job = replace(job, report=_stored_report(job))
-    mode, hints = _mode(name if of_the_file.get("config") else job.model, job)
+    mode, hints = _mode(name, job)
     is_per_item = not is_continuous and _is_per_item(job, allowed=parsed.allow_batch_dependence)
     if is_per_item:
         hints += ("the stored audit says that an answer depends on its batch-mates: items run one by one",)

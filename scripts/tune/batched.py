@@ -16,9 +16,10 @@ from deployments.audit.decision import Asked, decide
 from deployments.core.batcher import BatchReport
 from deployments.core.contract import RequestOptions
 from deployments.core.errors import ServingError
+from deployments.core.machine import usable_cpus
 from deployments.core.submission import Batch
 from deployments.runtime.adapter import Adapter
-from deployments.runtime.device import choose_device, usable_cpus
+from deployments.runtime.device import choose_device
 from deployments.runtime.memory import resident_bytes
 from deployments.runtime.model_class import load_class
 from deployments.runtime.service import ModelService

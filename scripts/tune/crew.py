@@ -4,11 +4,10 @@ Owns: which are alive, memory's bound on how many, several at once as replicas. 
 searched for. An idle one waits in a read and takes no CPU, so looks at two shapes can take turns.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from deployments.core.machine import free_bytes
 from scripts.tune.points import CouldNotRun, Job, Look, Point, Shape, Started
 from scripts.tune.process import START_S, Worker
 
@@ -112,14 +111,3 @@ class Crew:
         if self._first is None:
             return True
         return free_bytes() > SPARE * more * self._first.rss_bytes
-
-
-def free_bytes() -> int:
-    """What Linux says is available; elsewhere what is free."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -332,6 +332,19 @@ class CopyOnWriteReadBack(CopyOnWrite):
         return self.net(x) + self.tables[len(x)]
 
 
+class TableOfEachLengthPublishedTooEarly(Kind):
+    """Warm-up makes the tables of the examples' lengths; a new one is a first call again."""
+
+    def set_up(self) -> None:
+        self.tables: dict[int, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) not in self.tables:
+            self.tables[len(x)] = torch.zeros(len(x), 1)
+            self.tables[len(x)] += 1.0
+        return self.net(x) + self.tables[len(x)]
+
+
 class LruOfTwoReadBack(Kind):
     def set_up(self) -> None:
         self.known: OrderedDict[int, torch.Tensor] = OrderedDict()
@@ -752,6 +765,7 @@ TRUTH: dict[Any, set[str]] = {
     DoubleCheckedWrong: {"cold_start_safe"},
     CopyOnWrite: set(),
     CopyOnWriteReadBack: {"cold_start_safe"},
+    TableOfEachLengthPublishedTooEarly: {"cold_start_safe"},
     LruOfTwoReadBack: RACES,
     PoolOfBuffersInAQueue: set(),
     ThroughAQueue: RACES,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 
 from deployments.audit import report as reports
 from deployments.audit import store
-from deployments.audit.audit import names_of
+from deployments.audit.audit import PHASES, name_of, names_of
 from deployments.audit.findings import PROPERTIES, Property
-from deployments.audit.forks import in_fork
+from deployments.audit.forks import CantCross, Failed, in_fork
 from deployments.audit.histories import (
     compare_orders,
     is_steady,
@@ -25,10 +26,12 @@ from deployments.audit.histories import (
 )
 from deployments.audit.instances import known_of
 from deployments.audit.overlaps import races_of
-from deployments.audit.phases import orders
+from deployments.audit.phases import batches, orders
 from deployments.audit.process import Outcome, run_phase
+from deployments.audit.races import STORM
+from deployments.audit.sameness import same, snapshot
 from deployments.audit.subject import calls_of, load
-from deployments.audit.target import Input, Target
+from deployments.audit.target import Input, Known, Target
 from deployments.audit.verdict import batching_of, fails, mode_of, verdict_of
 from deployments.runtime.model_class import ModelClassError
 from scripts import audit as command
@@ -71,6 +74,8 @@ def test_unsafe_model_gets_its_proof_and_the_replay_shows_it_again(
     assert status == 1
     assert "thread A" in shown
     assert "another answer than alone" in shown
+    assert line.strip() in shown
+    assert "  alone  " in shown
 
 
 @pytest.mark.slow  # 30 s: one whole audit is enough for every run
@@ -214,7 +219,8 @@ def properties(*false: str, unknown: tuple[str, ...] = ()) -> dict[str, Property
     ("false", "unknown", "mode", "batching"),
     [
         ((), (), "shared", "dynamic"),
-        (("cold_start_safe",), (), "shared", "dynamic"),
+        (("cold_start_safe",), (), "pool", "dynamic"),
+        ((), ("cold_start_safe",), "shared", "dynamic"),
         (("thread_safe",), (), "pool", "dynamic"),
         (("thread_safe", "copy_safe"), (), "processes", "dynamic"),
         (("thread_safe", "copy_safe", "order_independent"), (), "exclusive", "dynamic"),
@@ -239,7 +245,100 @@ def test_words_are_never_plain_safe() -> None:
     assert verdict_of(properties(), []) == "safe as tested"
     assert verdict_of(properties(), [write]) == "writes, no effect found"
     assert verdict_of(properties("thread_safe"), [write]) == "unsafe"
+    assert verdict_of(properties("cold_start_safe"), []) == "unsafe"
     assert verdict_of(properties(unknown=("thread_safe",)), []) == "undecided"
+
+
+def test_report_that_decided_nothing_takes_no_others_place(tmp_path: Path) -> None:
+    decided = {"key": "k", "weights": None, "verdict": "safe as tested", "properties": {}}
+    race = {"copy_safe": {"evidence": [{"replay": "abc"}]}}
+    store.save(decided)
+    store.save({**decided, "verdict": "undecided", "properties": race})
+    assert store.find("k") == decided
+    assert store.find_race("abc") is not None
+    elsewhere = {**decided, "key": "other", "properties": {"copy_safe": {"evidence": [{"replay": "def"}]}}}
+    store.save(elsewhere, tmp_path)
+    assert store.find_race("def") is None
+    assert store.find_race("def", tmp_path) is not None
+
+
+def test_nine_calls_in_flight_have_nine_names() -> None:
+    assert len({name_of(thread) for thread in range(STORM)}) == STORM
+
+
+def test_mappings_are_the_same_by_what_they_hold() -> None:
+    answer = OrderedDict(a=torch.ones(2), b=1.0)
+    assert same(snapshot(answer), answer)
+    assert not same({"a": torch.ones(2)}, {"a": torch.zeros(2)})
+
+
+def test_answer_that_can_not_cross_to_another_process_is_said_to() -> None:
+    class Local:
+        pass
+
+    with pytest.raises(CantCross):
+        in_fork(Local)
+    with pytest.raises(Failed, match="ValueError: no"):
+        in_fork(lambda: raise_no())
+
+
+def raise_no() -> None:
+    raise ValueError("no")
+
+
+LOCAL = """
+import torch
+from dataclasses import dataclass
+
+def made():
+    @dataclass
+    class Answer:
+        y: float
+    return Answer
+
+class M:
+    def load(self, device):
+        self.answer = made()
+    def forward(self, batch):
+        return batch.sum(1)
+    def split(self, outputs, n):
+        return [self.answer(float(y)) for y in outputs]
+    def postprocess(self, answer):
+        return answer.y
+    def examples(self):
+        return [[1.0, 2.0], [3.0, 4.0]]
+"""
+
+
+def test_answers_of_a_class_that_can_not_be_pickled_are_compared_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(LOCAL)
+    target = Target(f"{tmp_path}/m.py:M")
+    found = in_fork(lambda: batches(lambda said: None, target, known_of(load(target)), 2.0))
+    assert found["batch_invariant"].holds is True
+
+
+def test_weights_of_a_model_with_an_uninitialised_buffer_are_not_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(
+        "import torch\n"
+        "class M:\n"
+        "    def load(self, device):\n"
+        "        self.net = torch.nn.Linear(4, 4)\n"
+        "        with torch.no_grad():\n"
+        "            self.net.weight.fill_(1.0), self.net.bias.fill_(1.0)\n"
+        "        self.buffer = torch.empty(64, 16)\n"
+        "    def forward(self, batch):\n"
+        "        return self.net(batch)\n"
+        "    def examples(self):\n"
+        "        return [[1.0] * 4, [2.0] * 4]\n"
+    )
+    target = Target(f"{tmp_path}/m.py:M")
+    alone, written = (run_phase(f"{PHASES}:{name}", target, limit_s=60.0) for name in ("alone", "writes"))
+    assert alone.value["weights"] != written.value["weights"]
+
+
+def test_race_kept_before_slow_models_were_told_apart_can_be_read() -> None:
+    known = Known.from_json({"calls": [[[0, ""]]], "is_random": False, "repeats": True})
+    assert not known.is_slow
 
 
 def of_orders(*answers: tuple[int, str]) -> Outcome:

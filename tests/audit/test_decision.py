@@ -51,6 +51,8 @@ def test_a_mode_that_is_named_wins_and_says_what_the_audit_found() -> None:
     assert (decision.sharing.mode, decision.sharing.slots) == ("shared", 2)
     assert "audit says processes" in decision.warnings[0]
     assert "why copy_safe" in decision.warnings[0]
+    assert decision.sharing.stats()["warning"] == decision.warnings[0]
+    assert "warning" not in decide(Asked("auto", 2), report("shared")).sharing.stats()
     assert not decide(Asked("exclusive"), report("shared")).warnings  # more careful than it must be
 
 

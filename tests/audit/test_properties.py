@@ -119,6 +119,21 @@ def test_writes_are_found_with_their_line(name: str, attribute: str) -> None:
     assert attribute.rpartition(".")[2] in line
 
 
+class Unknown:
+    """NaN differs from itself."""
+
+    def __init__(self) -> None:
+        self.scale = float("nan")
+
+    def __call__(self) -> float:
+        x = 1.0
+        return x * self.scale
+
+
+def test_nan_that_nobody_writes_is_no_write() -> None:
+    assert writes_of(Unknown()) == []
+
+
 @pytest.mark.parametrize("name", ["CleanCnn", "CleanEncoder", "SkipStackLocal", "MeanPoolingWithMask"])
 def test_model_that_writes_nothing_shows_no_write(name: str) -> None:
     subject = warmed(name)

@@ -1,15 +1,17 @@
 """The search tells a model that threads may not share from its safe twin; a race can be shown again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deployments.audit.instances import known_of
+from deployments.audit.instruments import Instruments
 from deployments.audit.overlaps import races_of
 from deployments.audit.races import Races
 from deployments.audit.schedules import Inside
 from deployments.audit.subject import load
-from deployments.audit.target import Target
+from deployments.audit.target import LEAST_OF_SLOW, LEAST_TRIALS, Target
 from deployments.audit.trials import Trial, stretches
 from deployments.audit.turns import Point
 from tests.audit import kinds
@@ -22,9 +24,9 @@ KEEPS_IN_THE_PROCESS = {"GlobalMaximum", "LargestSeenOnSelf"}
 NAMES = [kind.__name__ for kind in TRUTH if kind.__name__ not in ENDS_THE_PROCESS]
 
 
-def races(name: str, phase: str = "threads", module: str = "kinds") -> Races:
+def races(name: str, phase: str = "threads", module: str = "kinds", *, is_slow: bool = False) -> Races:
     target = Target(f"tests.audit.{module}:{name}", folder=FOLDER)
-    return races_of(target, known_of(load(target)), phase)
+    return races_of(target, replace(known_of(load(target)), is_slow=is_slow), phase)
 
 
 def is_false(name: str, what: str) -> bool:
@@ -79,8 +81,22 @@ def test_first_calls_are_brought_together_at_the_line_where_they_race() -> None:
     assert found.search(has_time=lambda: found.runs < 60) is not None
 
 
-def test_only_more_than_two_calls_in_flight_find_a_ring_of_three() -> None:
-    finding = races("RingOfThree").search()
+def test_what_an_overlap_of_a_slow_model_spoilt_is_looked_at_in_its_replay() -> None:
+    trial = Trial((0, 1), Instruments.BOTH, Inside((1,)))
+    made: list[int] = []
+    calls = [lambda: made.append(1), lambda: made.append(1)]
+    Races(calls, is_slow=True).run(trial)
+    seldom = len(made)
+    made.clear()
+    Races(calls, is_slow=True).run(trial, looks_later=True)
+    assert len(made) == seldom + 2
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_only_more_than_two_calls_in_flight_find_a_ring_of_three(is_slow: bool) -> None:
+    found = races("RingOfThree", is_slow=is_slow)
+    least = LEAST_OF_SLOW if is_slow else LEAST_TRIALS
+    finding = found.search(has_time=lambda: found.runs < least)
     assert finding is not None
     assert isinstance(finding.trial.schedule, Inside)
     assert len(finding.trial.calls) > 2
