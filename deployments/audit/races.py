@@ -39,6 +39,7 @@ INSIDES = 8
 """Places where one whole call is put inside another, spread over its points; lockstep comes close to all."""
 STORM = 9
 """Calls in flight in the storm: ring buffers of two to eight rooms look safe to a pair."""
+STORM_OF_SLOW = 5
 LATER = 4
 """Of a slow model one call in so many is made once more after an overlap."""
 FEW_OPCODES = 3000
@@ -150,9 +151,10 @@ class Races:
     def _storm(self, instruments: Instruments, most: int) -> Iterator[Trial]:
         # The first call differs from all the others: whichever takes its room shows.
         others = max(1, len(self._calls) - 1)
-        order = (0, *(min(len(self._calls) - 1, 1 + number % others) for number in range(STORM - 1)))
+        size = STORM_OF_SLOW if self._is_slow else STORM
+        order = (0, *(min(len(self._calls) - 1, 1 + number % others) for number in range(size - 1)))
         for point in self._places(0, instruments, most):
-            yield Trial(order, instruments, Inside((point,) * (STORM - 1)))
+            yield Trial(order, instruments, Inside((point,) * (size - 1)))
 
     def run(self, trial: Trial, *, looks_later: bool = False) -> Finding | None:
         """What of the trial differs from the calls alone; raises what a call alone raises. looks_later: each

@@ -32,6 +32,7 @@ PATIENCE_S = 600.0
 FULL_S = 0.5
 """So long at most until batches are full: with preprocessing off the loop the first ones are not."""
 GROWTH_S = 30.0
+IDLE_POLL_S = 0.005
 LEAST_REQUESTS = 30
 LOST_SHARE = 0.02
 """Of all that will come; with so many late already, no p99 can be right any more."""
@@ -83,7 +84,7 @@ class Batched:
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
-        await self._until_idle(tape)
+        await self._until_idle()
         tape.check()
         return replace(tape.look(began, ended), busy=used_s / (ended - began) / usable_cpus())
 
@@ -115,7 +116,7 @@ class Batched:
             for ask in asks:
                 ask.cancel()
             await asyncio.gather(*asks, return_exceptions=True)
-        await self._until_idle(tape)
+        await self._until_idle()
         tape.check()
         latencies_ms = sorted([*tape.latencies_ms, *[10.0 * late_ms] * unanswered])
         whole = tape.look(began, max(at, loop.time()))
@@ -171,9 +172,10 @@ class Batched:
             await tape.wait(time.monotonic() + FULL_S, ends=0)
         self._warm.add(key)
 
-    async def _until_idle(self, tape: "_Tape") -> None:
-        while self._service.batcher.scheduler.running:
-            await tape.wait(0.0, ends=tape.ended + 1)
+    async def _until_idle(self) -> None:
+        """Asked again and again: nobody tells when the last batch is gone."""
+        while self._service.batcher.scheduler.running:  # noqa: ASYNC110
+            await asyncio.sleep(IDLE_POLL_S)
 
 
 def make_service(job: Job, shape: Shape, batch: int) -> ModelService:
