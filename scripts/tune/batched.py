@@ -81,6 +81,7 @@ class Batched:
             await tape.wait(began + seconds, ends=tape.ended + 2 * self._shape.slots)
             ended, used_s = time.monotonic(), time.process_time() - used_s
         finally:
+            tape.is_over = True
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
@@ -145,7 +146,8 @@ class Batched:
         )
 
     async def _client(self, tape: "_Tape") -> None:
-        while await self._answered(tape):
+        """Not ended by cancelling alone: before Python 3.12 wait_for drops that where an answer just came."""
+        while not tape.is_over and await self._answered(tape):
             pass
 
     async def _ask(self, tape: "_Tape", due: float, late_ms: float) -> None:
@@ -211,6 +213,7 @@ class _Tape:
         self._ends = asyncio.Event()
         self._error = ""
         self._ran_out = False
+        self.is_over = False
         self.latencies_ms: list[float] = []
         self.late = 0
 
