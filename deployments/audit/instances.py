@@ -90,15 +90,21 @@ def asked(subject: Subject, batch: Batch) -> str:
 
 def known_of(subject: Subject) -> Known:
     """The calls of an instance, which is warmed up then, and how they behave in one thread."""
-    calls = calls_of(subject)
-    slow = is_slow(subject, calls)
-    if not slow:
-        warm_up(subject, calls)
+    calls, is_slow = warm_calls_of(subject)
     is_random = randomness.is_random(Call(subject, calls[0]))
-    return Known(tuple(calls), is_random, _repeats(subject, calls), slow)
+    return Known(tuple(calls), is_random, _repeats(subject, calls), is_slow)
 
 
-def is_slow(subject: Subject, calls: Sequence[Batch]) -> bool:
+def warm_calls_of(subject: Subject) -> tuple[list[Batch], bool]:
+    """(the calls of an instance, which is warmed up then, whether they are slow)."""
+    calls = calls_of(subject)
+    is_slow = _is_slow(subject, calls)
+    if not is_slow:
+        warm_up(subject, calls)
+    return calls, is_slow
+
+
+def _is_slow(subject: Subject, calls: Sequence[Batch]) -> bool:
     """Of calls that have been made once: the quickest of three, since any may be held up."""
     for _ in range(3):
         began = time.monotonic()
@@ -110,7 +116,6 @@ def is_slow(subject: Subject, calls: Sequence[Batch]) -> bool:
 
 def _repeats(subject: Subject, calls: Sequence[Batch]) -> bool:
     """Whether the calls, made again in another order, give the same: nothing is kept that matters."""
-
     first = [asked(subject, batch) for batch in calls]
     return first == [asked(subject, batch) for batch in reversed(calls)][::-1]
 

@@ -23,12 +23,12 @@ from deployments.audit.instances import (
     begin_for,
     can_fork,
     fill_new_memory,
-    is_slow,
     known_of,
     load_alike,
+    warm_calls_of,
     warm_up,
 )
-from deployments.audit.subject import Subject, calls_of, load
+from deployments.audit.subject import Subject, load
 from deployments.audit.target import Batch, Input, Known, Target
 from deployments.audit.writes import Write, writes_of
 from deployments.core.machine import usable_cpus
@@ -74,9 +74,7 @@ def writes(say: Say, target: Target) -> dict[str, Any]:
     subject = load(target)
     weights = digest_of(subject.instance)
     firsts = writes_of(Call(subject, (Input(0),)))
-    calls = calls_of(subject)
-    if not is_slow(subject, calls):
-        warm_up(subject, calls)
+    calls, _ = warm_calls_of(subject)
     found = _writes_of(subject, calls)
     return {
         "writes": [write.as_json() for write in found],

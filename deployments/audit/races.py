@@ -112,7 +112,7 @@ class Races:
         last = len(self._calls) - 1  # the largest batch, against one item
         for stride in STRIDES[: len(STRIDES) // fewer] if last else ():
             yield Trial((last, 0), Instruments.BOTH, Lockstep(stride))
-        if self._can_storm and not self._is_afresh:
+        if not self._one_each and not self._is_afresh:
             yield from self._storm(Instruments.BOTH, INSIDES // fewer)
         for meet in self._meetings((last, 0), Instruments.BOTH, MEETINGS // fewer):
             yield Trial((last, 0), Instruments.BOTH, meet)
@@ -121,7 +121,7 @@ class Races:
                 for pair in pairs:
                     for instruments in KINDS:
                         yield Trial(pair, instruments, Lockstep(stride))
-            if strides == STRIDES[:2] and self._can_storm:
+            if strides == STRIDES[:2] and not self._one_each:
                 for instruments in KINDS[0 if self._is_afresh else 1 :]:
                     yield from self._storm(instruments, INSIDES)
         for number in range(OVERLAPS):
@@ -143,10 +143,6 @@ class Races:
                     yield Trial(pair, opcodes, Lockstep(stride))
                 for point in self._places(pair[0], opcodes, SIMPLEST):
                     yield Trial(pair, opcodes, Inside((point,)))
-
-    @property
-    def _can_storm(self) -> bool:
-        return not self._one_each
 
     def _storm(self, instruments: Instruments, most: int) -> Iterator[Trial]:
         # The first call differs from all the others: whichever takes its room shows.

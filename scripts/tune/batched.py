@@ -175,7 +175,7 @@ class Batched:
         self._warm.add(key)
 
     async def _until_idle(self) -> None:
-        """Asked again and again: nobody tells when the last batch is gone."""
+        """Asked again and again: the tape waits for no batch any more once an item has failed."""
         while self._service.batcher.scheduler.running:  # noqa: ASYNC110
             await asyncio.sleep(IDLE_POLL_S)
 
